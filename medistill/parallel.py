@@ -1,0 +1,45 @@
+"""The one door to embarrassingly parallel work.
+
+Everything goes through joblib: ``loky`` processes here, and on a cluster any backend registered with joblib
+(Ray, Dask) chosen by :func:`joblib.parallel_config` around the call.
+
+Example:
+    >>> list(parallel_map(abs, [-1, 2], jobs=1))
+    [1, 2]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cpu_count() -> int:
+    """Number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, jobs: int | None = None
+) -> Iterator[Result]:
+    """Apply a function to every item, in order, keeping few results in memory.
+
+    Args:
+        function: A picklable function.
+        items: Arguments; may be a generator.
+        jobs: Processes; ``None`` takes all cores, ``1`` stays in this process.
+
+    Yields:
+        Results in the order of the items.
+    """
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    from joblib import Parallel, delayed  # noqa: PLC0415
+
+    pool = Parallel(n_jobs=jobs or cpu_count(), return_as="generator", batch_size="auto")
+    yield from pool(delayed(function)(item) for item in items)

@@ -1,0 +1,95 @@
+"""Progress shown to a person: a bar with time left, silent where nobody looks.
+
+Algorithms receive a :class:`Progress` and call :meth:`Progress.track`; they never print.
+
+Example:
+    >>> list(Progress().track(range(3), "counting"))
+    [0, 1, 2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Silent progress; the base of what the command line shows."""
+
+    def track(
+        self, items: Iterable[Item], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Item]:
+        """Yield the items while showing how many are done.
+
+        Args:
+            items: What to iterate over.
+            description: Short present participle, for example ``"distilling"``.
+            total: Number of items in all, including those ``completed`` before an interruption.
+            completed: Items done in an earlier run.
+        """
+        yield from items
+
+    def note(self, **values: float) -> None:
+        """Show current figures (a loss, an AUROC) beside the bar."""
+
+    def say(self, message: str) -> None:
+        """One line for the user; never holds a patient's value, a source path or a name."""
+
+
+class TerminalProgress(Progress):
+    """Progress bars on a terminal; single lines where the output is not a terminal."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console  # noqa: PLC0415
+
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._figures = ""
+        self._bar: object | None = None
+
+    def track(
+        self, items: Iterable[Item], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Item]:
+        """Yield the items under a bar with time left; nested calls show only the outermost bar."""
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress  # noqa: PLC0415
+
+        if not self._console.is_terminal or self._bar is not None:
+            yield from items
+            return
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._figures = ""
+        try:
+            with RichProgress(*columns, console=self._console) as bar:
+                self._bar = bar
+                task = bar.add_task(description, total=total, completed=completed, figures="")
+                for item in items:
+                    yield item
+                    bar.update(task, advance=1, figures=self._figures)
+        finally:
+            self._bar = None
+
+    def note(self, **values: float) -> None:
+        """Show current figures beside the bar."""
+        self._figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        self._console.print(message, markup=False)

@@ -1,0 +1,82 @@
+"""Names of distillers, attacks, networks and sources, resolved lazily.
+
+A registry maps a public name to ``"module:attribute"``; nothing is imported until the name is used, so listing
+and ``--help`` stay fast. Other packages add entries through entry points of the group ``medistill.<kind>``.
+
+Example:
+    >>> DISTILLERS.names()[:2]
+    ['coreset', 'distribution_matching']
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from medistill.errors import ConfigError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suffix for an error message: the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registry:
+    """Mapping from public names to ``"module:attribute"`` of one kind."""
+
+    kind: str
+    targets: dict[str, str]
+
+    def _all(self) -> dict[str, str]:
+        found = {point.name: point.value for point in entry_points(group=f"medistill.{self.kind}")}
+        return {**found, **self.targets}
+
+    def names(self) -> list[str]:
+        """Known names, alphabetical."""
+        return sorted(self._all())
+
+    def load(self, name: str) -> Any:
+        """Import what a name stands for.
+
+        Raises:
+            ConfigError: If the name is unknown; the message names the nearest one.
+        """
+        targets = self._all()
+        if name not in targets:
+            known = ", ".join(sorted(targets))
+            raise ConfigError(f"Unknown {self.kind} {name!r}.{nearest(name, targets)} Known: {known}.")
+        module, _, attribute = targets[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+DISTILLERS = Registry(
+    kind="distillers",
+    targets={
+        "coreset": "medistill.distill.coreset:Coreset",
+        "distribution_matching": "medistill.distill.distribution_matching:DistributionMatching",
+        "kernel_ridge": "medistill.distill.kernel_ridge:KernelRidge",
+        "soft_label": "medistill.distill.soft_label:SoftLabel",
+    },
+)
+NETWORKS = Registry(kind="networks", targets={"convnet": "medistill.networks.convnet:ConvNet"})
+ATTACKS = Registry(
+    kind="attacks",
+    targets={
+        "calibrated_neighbour": "medistill.audit.calibrated_neighbour:CalibratedNeighbour",
+        "copy_alarm": "medistill.audit.copy_alarm:CopyAlarm",
+    },
+)
+SOURCES = Registry(
+    kind="sources",
+    targets={
+        "folder": "medistill.ingest.sources.folder:FolderSource",
+        "image_folder": "medistill.ingest.sources.image_folder:ImageFolderSource",
+        "npz": "medistill.ingest.sources.npz:NpzSource",
+    },
+)

@@ -1,0 +1,63 @@
+"""What tests share: real data where it is present, and small made-up image sets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medistill.core.images import ImageSet
+from medistill.core.task import Task
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real, openly licensed images; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("MEDISTILL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("real images are absent: set MEDISTILL_DATA to their folder")
+    return folder
+
+
+def pseudonym(number: int) -> str:
+    """A well-formed pseudonym."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+    digits = []
+    for _ in range(16):
+        number, digit = divmod(number, 32)
+        digits.append(alphabet[digit])
+    return "".join(digits)
+
+
+def blobs(
+    patients: int = 40, *, per_patient: int = 2, size: int = 16, classes: int = 2, seed: int = 0, first: int = 0
+) -> ImageSet:
+    """Images with a class-specific bright stripe, a patient-specific texture and noise."""
+    generator = np.random.default_rng(seed)
+    images, labels, names = [], [], []
+    grid = np.linspace(0, 1, size)
+    for patient in range(patients):
+        label = patient % classes
+        texture = generator.normal(0, 0.08, (size, size))
+        stripe = np.exp(-(((grid - (label + 0.5) / classes) / 0.12) ** 2))[:, None] * np.ones(size)
+        for _ in range(per_patient):
+            image = 0.3 + 0.35 * stripe + texture + generator.normal(0, 0.05, (size, size))
+            images.append(np.clip(image, 0, 1))
+            labels.append(label)
+            names.append(pseudonym(first + patient))
+    task = Task.single_label(tuple(f"class{c}" for c in range(classes)))
+    return ImageSet(
+        images=torch.tensor(np.array(images), dtype=torch.float32)[:, None],
+        targets=torch.nn.functional.one_hot(torch.tensor(labels), classes).float(),
+        patients=tuple(names),
+        task=task,
+    )
