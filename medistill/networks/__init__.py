@@ -1,0 +1,1 @@
+"""Networks by name; each takes a task and an image shape and returns logits."""

@@ -1,0 +1,86 @@
+"""State of an interrupted distillation, kept in one safetensors file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+
+from medistill.errors import OutputError
+
+
+class FileCheckpoint:
+    """Keeps state in a file, replaced atomically.
+
+    Args:
+        path: File that holds the state; its name should carry the fingerprint of the work, so that state of other
+            work is never taken up.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, Tensor] | None:
+        """State of an interrupted run, or ``None`` when there is none.
+
+        Raises:
+            OutputError: If the file is damaged.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            return dict(load_file(self._path))
+        except (SafetensorError, OSError) as error:
+            raise OutputError(
+                f"The checkpoint {self._path.name} is damaged. Delete it to start this distillation again."
+            ) from error
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the kept state: write beside it, flush to disk, rename."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, partial)
+        with partial.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        partial.replace(self._path)
+
+
+class NoCheckpoint:
+    """Keeps nothing; for short work and for tests."""
+
+    def load(self) -> None:
+        """There is never a kept state."""
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Forget the state."""
+
+
+def generator_state(generator: Generator) -> Tensor:
+    """State of a random generator as a tensor that a checkpoint can hold."""
+    return generator.get_state()
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """Per-parameter tensors of an optimiser's state, flat, for a checkpoint."""
+    packed: dict[str, Tensor] = {}
+    for position, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            packed[f"{prefix}.{position}.{name}"] = torch.as_tensor(value)
+    return packed
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Restore what :func:`pack_optimizer` kept; hyper-parameters stay those of the optimiser."""
+    complete = optimizer.state_dict()
+    restored: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix + "."):
+            position, name = key[len(prefix) + 1 :].split(".", 1)
+            restored.setdefault(int(position), {})[name] = value.clone()
+    complete["state"] = restored
+    optimizer.load_state_dict(complete)

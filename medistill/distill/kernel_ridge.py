@@ -1,0 +1,310 @@
+"""Ridge regression on network features with soft labels (the FRePo / KIP family), from noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medistill.core.images import ImageSet
+from medistill.core.protocols import Checkpoint, Curator, Synthetic
+from medistill.core.task import Task
+from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
+from medistill.distill.start import check_init, initial
+from medistill.errors import ConfigError
+from medistill.networks.convnet import ConvNet, fresh
+from medistill.progress import Progress
+from medistill.seeds import derive_seed
+from medistill.training.augment import augment
+from medistill.training.objectives import objective
+
+_CHUNK = 64  # small batches stay in the processor's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRidge:
+    r"""Learn images and soft labels from which ridge regression predicts real targets.
+
+    With features :math:`\Phi_s` of the synthetic and :math:`\Phi_t` of real images under a network that is being
+    trained on the synthetic set, and centred labels :math:`Y`,
+
+    .. math:: \hat Y_t = \Phi_t \Phi_s^\top (\Phi_s \Phi_s^\top + \lambda \tfrac{\mathrm{tr}}{m} I)^{-1} Y_s,
+              \qquad \mathcal L = \lVert \hat Y_t - Y_t \rVert^2 + \gamma \,\mathcal L_\mathrm{match}
+
+    is differentiated with respect to :math:`S` and :math:`Y_s`: the inner problem is solved in closed form. A
+    pool of networks of different ages, each trained a few steps on the synthetic set between uses and renewed at
+    ``max_age``, keeps the features from being those of one training stage (FRePo).
+
+    Where it deviates from FRePo: starts from noise; real batches hold all classes equally; real features serve
+    ``uses`` steps; the ridge is 1e-2 instead of 1e-6, and a matching term with weight ``match * (1 - 1/ipc)``
+    holds class means together (without both, a few images fit the networks of the pool and nothing else); labels
+    are a softmax of learned scores; the result is the running average of the last steps.
+
+    Args:
+        iterations: Steps on the synthetic images.
+        rate: Adam step size of the pixels, cosine-decayed to a twentieth.
+        label_rate: Adam step size of the label scores.
+        real_batch: Real images per look at the data.
+        pool: Networks kept.
+        uses: Steps between looks at the data of one network.
+        advance: Training steps of a network between its uses.
+        max_age: Training steps after which a network is renewed.
+        network_rate: SGD learning rate of the networks (momentum 0.9).
+        ridge: :math:`\lambda`.
+        match: Weight of the matching term.
+        confidence: Soft label of an image's own class to begin with.
+        average: Decay of the running average.
+        init: ``"noise"`` or ``"real"``.
+        width: Width of the networks.
+        checkpoint_every: Steps between checkpoints.
+
+    References:
+        Zhou et al. 2022 (FRePo), arXiv:2206.00719. Nguyen et al. 2021 (KIP), arXiv:2011.00050.
+
+    Privacy:
+        Needs raw images; nothing is proved about the result.
+    """
+
+    iterations: int = 600
+    rate: float = 0.02
+    label_rate: float = 0.02
+    real_batch: int = 384
+    pool: int = 8
+    uses: int = 3
+    advance: int = 10
+    max_age: int = 150
+    network_rate: float = 0.01
+    ridge: float = 1e-2
+    match: float = 1.0
+    confidence: float = 0.9
+    average: float = 0.99
+    init: str = "noise"
+    width: int = 32
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        check_init(self.init)
+        whole = (self.iterations, self.real_batch, self.pool, self.uses, self.max_age, self.checkpoint_every)
+        if min(whole) < 1 or min(self.rate, self.label_rate, self.ridge) <= 0:
+            raise ConfigError(
+                "Expected iterations, real_batch, pool, uses, max_age and checkpoint_every >= 1 and rate, "
+                "label_rate and ridge > 0."
+            )
+        if not 0.5 < self.confidence < 1:
+            raise ConfigError(f"Expected confidence in (0.5, 1), got {self.confidence}.")
+
+    def distill(
+        self,
+        curator: Curator,
+        *,
+        ipc: int,
+        seed: int,
+        start: Synthetic | None,
+        progress: Progress,
+        checkpoint: Checkpoint,
+    ) -> Synthetic:
+        """Run the loop; resumes from the checkpoint with the same bits."""
+        first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
+        run = _Run(self, curator.images(), first, ipc=ipc, seed=seed)
+        state = checkpoint.load()
+        done = 0 if state is None else run.restore(state)
+        for step in progress.track(
+            range(done, self.iterations), "ridge regression", total=self.iterations, completed=done
+        ):
+            progress.note(loss=run.step(step))
+            if (step + 1) % self.checkpoint_every == 0:
+                checkpoint.save(run.state(step + 1))
+        return Synthetic(
+            images=run.average_images.clone(),
+            soft_labels=run.average_scores.softmax(1),
+            hard_labels=first.hard_labels,
+        )
+
+
+class _Member:
+    """A network of the pool: trained on the synthetic set as it stands, with real features it last saw."""
+
+    def __init__(self, network: ConvNet, rate: float) -> None:
+        self.network, self.age, self.used = network.requires_grad_(False), 0, 0
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+        self.real = torch.empty(0)
+
+
+class _Run:
+    """The state of one distillation and its step."""
+
+    def __init__(self, settings: KernelRidge, real: ImageSet, first: Synthetic, *, ipc: int, seed: int) -> None:
+        self._settings, self._real, self._ipc, self._seed = settings, real, ipc, seed
+        k = self._classes = real.task.n_classes
+        self._per_class = max(1, settings.real_batch // k)
+        self._match = settings.match * (1 - 1 / ipc)
+        self._target = _centred(torch.arange(k).repeat_interleave(self._per_class), k)
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "kernel_ridge"))
+        self.images = first.images.clone().requires_grad_()
+        self.scores = self._initial_scores(first).requires_grad_()
+        groups = [
+            {"params": [self.images], "lr": settings.rate},
+            {"params": [self.scores], "lr": settings.label_rate},
+        ]
+        self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.average_images, self.average_scores = first.images.clone(), self.scores.detach().clone()
+        self._members: list[_Member | None] = [None] * settings.pool
+        self._made = 0
+
+    def _initial_scores(self, first: Synthetic) -> Tensor:
+        """Scores whose softmax is the soft label kept away from 0 and 1 by the confidence."""
+        confidence, k = self._settings.confidence, self._classes
+        other = (1 - confidence) / (k - 1)
+        return (other + (confidence - other) * first.soft_labels).log()
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> float:
+        settings = self._settings
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
+        for group, rate in zip(self._adam.param_groups, (settings.rate, settings.label_rate), strict=True):
+            group["lr"] = rate * decay
+        member = self._member(step % settings.pool)
+        member.used += 1
+        loss = self._loss(member)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+        with torch.no_grad():
+            self.images.clamp_(0.0, 1.0)
+            weight = 1 - min(settings.average, step / (step + 10))
+            self.average_images.lerp_(self.images, weight)
+            self.average_scores.lerp_(self.scores, weight)
+        return loss.item()
+
+    def _loss(self, member: _Member) -> Tensor:
+        features = member.network.features(augment(self.images, self._generator))
+        labels = self.scores.softmax(1) - 1 / self._classes
+        predicted = ridge_prediction(features, labels, member.real, ridge=self._settings.ridge)
+        loss = (predicted - self._target).square().mean()
+        if self._match:
+            k, d = self._classes, features.shape[1]
+            gap = features.view(k, self._ipc, d).mean(1) - member.real.view(k, -1, d).mean(1)
+            spread = (member.real - member.real.mean(0)).square().sum(1).mean()
+            loss = loss + self._match * gap.square().sum(1).mean() / spread
+        return loss
+
+    def _member(self, slot: int) -> _Member:
+        """The network of a slot, renewed or trained on when its real features have served."""
+        settings = self._settings
+        member = self._members[slot]
+        if member is not None and member.used < settings.uses:
+            return member
+        if member is None or member.age >= settings.max_age:
+            spread = settings.max_age * slot // settings.pool if member is None else 0
+            member = self._members[slot] = self._new_member()
+            self._train(member, spread)
+        else:
+            self._train(member, settings.advance)
+        member.real, member.used = self._look(member.network), 0
+        return member
+
+    def _new_member(self) -> _Member:
+        def factory(task: Task, shape: tuple[int, ...]) -> nn.Module:
+            return ConvNet(task, shape, width=self._settings.width)
+
+        shape = tuple(self._real.images.shape[1:])
+        network = fresh(factory, self._real.task, shape, derive_seed(self._seed, "network", self._made))
+        self._made += 1
+        assert isinstance(network, ConvNet)
+        return _Member(network, self._settings.network_rate)
+
+    def _train(self, member: _Member, steps: int) -> None:
+        images, labels = self.images.detach(), self.scores.detach().softmax(1)
+        member.network.requires_grad_(True)
+        for _ in range(steps):
+            logits = member.network(augment(images, self._generator))
+            loss = objective(self._real.task.kind, logits, labels)
+            member.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            member.optimizer.step()
+        member.network.requires_grad_(False)
+        member.age += steps
+
+    @torch.no_grad()
+    def _look(self, network: ConvNet) -> Tensor:
+        """Features of a fresh, augmented real batch, class after class, shape ``(k * per_class, d)``."""
+        classes = self._real.classes
+        rows = []
+        for label in range(self._classes):
+            members = (classes == label).nonzero().flatten()
+            if len(members) >= self._per_class:
+                drawn = torch.randperm(len(members), generator=self._generator)[: self._per_class]
+            else:
+                drawn = torch.randint(len(members), (self._per_class,), generator=self._generator)
+            rows.append(members[drawn])
+        parts = torch.split(self._real.images[torch.cat(rows)], _CHUNK)
+        return torch.cat([network.features(augment(part, self._generator)) for part in parts])
+
+    # -- checkpoint --------------------------------------------------------------------------------------------
+
+    def state(self, step: int) -> dict[str, Tensor]:
+        kept = {
+            "step": torch.tensor(step),
+            "made": torch.tensor(self._made),
+            "generator": self._generator.get_state(),
+            "images": self.images,
+            "scores": self.scores,
+            "average_images": self.average_images,
+            "average_scores": self.average_scores,
+            **pack_optimizer(self._adam, "adam"),
+        }
+        for slot, member in enumerate(self._members):
+            if member is not None:
+                kept |= {f"member{slot}.network.{k}": v for k, v in member.network.state_dict().items()}
+                kept |= pack_optimizer(member.optimizer, f"member{slot}.sgd")
+                kept[f"member{slot}.real"] = member.real
+                kept[f"member{slot}.counts"] = torch.tensor([member.age, member.used])
+        return kept
+
+    def restore(self, state: Mapping[str, Tensor]) -> int:
+        with torch.no_grad():
+            self.images.copy_(state["images"])
+            self.scores.copy_(state["scores"])
+        self.average_images, self.average_scores = state["average_images"], state["average_scores"]
+        unpack_optimizer(self._adam, state, "adam")
+        for slot in range(len(self._members)):
+            if f"member{slot}.real" in state:
+                member = self._members[slot] = self._new_member()
+                prefix = f"member{slot}.network."
+                member.network.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                )
+                unpack_optimizer(member.optimizer, state, f"member{slot}.sgd")
+                member.real = state[f"member{slot}.real"]
+                member.age, member.used = (int(count) for count in state[f"member{slot}.counts"])
+        self._made = int(state["made"])
+        self._generator.set_state(state["generator"])
+        return int(state["step"])
+
+
+def ridge_prediction(features: Tensor, labels: Tensor, queries: Tensor, *, ridge: float) -> Tensor:
+    """Predictions of ridge regression without intercept, in its dual form.
+
+    Args:
+        features: Shape ``(m, d)``.
+        labels: Shape ``(m, k)``.
+        queries: Shape ``(n, d)``.
+        ridge: Penalty relative to the mean diagonal of the Gram matrix.
+
+    Returns:
+        Shape ``(n, k)``.
+    """
+    gram = features @ features.T
+    penalty = ridge * gram.diagonal().mean().detach()
+    weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), labels)
+    predicted: Tensor = queries @ features.T @ weights
+    return predicted
+
+
+def _centred(classes: Tensor, k: int) -> Tensor:
+    return F.one_hot(classes, k).float() - 1 / k

@@ -1,0 +1,88 @@
+"""Choosing how a student is trained on a distilled set; the choice travels with the release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sklearn.metrics import roc_auc_score
+
+from medistill.core.distilled import Schedule
+from medistill.core.images import ImageSet
+from medistill.core.protocols import NetworkFactory, Synthetic
+from medistill.networks.convnet import fresh
+from medistill.progress import Progress
+from medistill.seeds import derive_seed
+from medistill.training.fit import fit, predict
+
+#: Without validation patients to choose on, this schedule is used.
+DEFAULT_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
+
+CANDIDATES = (
+    Schedule(epochs=40, learning_rate=0.01),
+    Schedule(epochs=100, learning_rate=0.01),
+    DEFAULT_SCHEDULE,
+)
+_MOST_IMAGES = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleScore:
+    """A schedule with the mean validation AUROC of students trained by it."""
+
+    schedule: Schedule
+    auroc: float
+
+
+def choose_schedule(
+    synthetic: Synthetic,
+    validation: ImageSet,
+    *,
+    network: NetworkFactory,
+    seed: int,
+    students: int = 2,
+    candidates: Sequence[Schedule] = CANDIDATES,
+    progress: Progress,
+) -> tuple[ScheduleScore, ...]:
+    """Train students by every candidate and rank the candidates by validation AUROC, best first.
+
+    Args:
+        synthetic: What to train on; its own schedule, where it has one, is a candidate too.
+        validation: Images of validation patients: never distilled from, never test.
+        network: Architecture of the students.
+        seed: Public seed.
+        students: Networks per candidate.
+        candidates: Schedules to compare.
+        progress: Shows the trainings.
+
+    Privacy:
+        Reads non-released data of validation patients; refused under differential privacy by the caller.
+    """
+    everything = tuple(candidates) + ((synthetic.schedule,) if synthetic.schedule else ())
+    part = _part(validation, seed)
+    jobs = [(schedule, student) for schedule in everything for student in range(students)]
+    scores: dict[Schedule, float] = dict.fromkeys(everything, 0.0)
+    for schedule, student in progress.track(jobs, "choosing the schedule"):
+        model = fresh(network, part.task, tuple(part.images.shape[1:]), derive_seed(seed, "student", student))
+        fit(
+            model,
+            synthetic.images,
+            synthetic.soft_labels,
+            kind=part.task.kind,
+            schedule=schedule,
+            seed=derive_seed(seed, "student", student, "order"),
+        )
+        scores[schedule] += _auroc(part, predict(model, part.images, kind=part.task.kind)) / students
+    ranked = sorted(everything, key=lambda schedule: -scores[schedule])
+    return tuple(ScheduleScore(schedule=schedule, auroc=scores[schedule]) for schedule in ranked)
+
+
+def _part(validation: ImageSet, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "validation part"))
+    order = torch.randperm(len(validation), generator=generator)[:_MOST_IMAGES]
+    return validation.select(order)
+
+
+def _auroc(part: ImageSet, probabilities: torch.Tensor) -> float:
+    return float(roc_auc_score(part.targets.numpy(), probabilities.numpy(), average="macro"))

@@ -1,0 +1,85 @@
+"""Training one network on images with soft labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medistill.core.distilled import Schedule
+from medistill.core.task import TaskKind
+from medistill.progress import Progress
+from medistill.training.augment import augment
+from medistill.training.objectives import objective, probabilities
+
+_PREDICT_BATCH = 512
+
+
+def fit(
+    network: nn.Module,
+    images: Tensor,
+    soft_labels: Tensor,
+    *,
+    kind: TaskKind,
+    schedule: Schedule,
+    seed: int,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Train a network in place; there is no parameter through which test images could enter.
+
+    Args:
+        network: Freshly initialised; moved nowhere.
+        images: Shape ``(n, c, h, w)`` in ``[0, 1]``.
+        soft_labels: Shape ``(n, k)``.
+        kind: Chooses the loss.
+        schedule: Epochs, learning rate, optimiser, batch size and augmentation.
+        seed: Public seed of batch order and augmentation.
+        progress: Shows the epochs.
+
+    Returns:
+        The same network in evaluation mode.
+    """
+    progress = progress or Progress()
+    generator = torch.Generator(device=images.device).manual_seed(seed)
+    optimizer = _optimizer(network, schedule)
+    batch = schedule.batch_size or len(images)
+    steps = schedule.epochs * math.ceil(len(images) / batch)
+    decay = None
+    if schedule.decay == "cosine":
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    network.train()
+    for _ in progress.track(range(schedule.epochs), "training"):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for index in torch.split(order, batch):
+            inputs = images if batch >= len(images) else images[index]
+            targets = soft_labels if batch >= len(images) else soft_labels[index]
+            if schedule.augment:
+                inputs = augment(inputs, generator)
+            loss = objective(kind, network(inputs), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if decay is not None:
+                decay.step()
+    return network.eval()
+
+
+def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(
+            network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        )
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=schedule.learning_rate,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+    )
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, *, kind: TaskKind) -> Tensor:
+    """Class probabilities of shape ``(n, k)``, computed in batches."""
+    network.eval()
+    return torch.cat([probabilities(kind, network(batch)) for batch in torch.split(images, _PREDICT_BATCH)])

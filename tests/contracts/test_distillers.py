@@ -1,0 +1,143 @@
+"""What every registered distiller must do; a new one is picked up from the registry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medistill.core.distilled import Recipe
+from medistill.distill import distill, make_recipe, run_recipe
+from medistill.distill.runner import make_distiller
+from medistill.errors import ConfigError, DataError
+from medistill.privacy.curator import OpenCurator
+from medistill.progress import Progress
+from medistill.registry import DISTILLERS
+from tests.conftest import blobs
+
+#: Settings that make each distiller quick on the small made-up images.
+QUICK: dict[str, dict[str, Any]] = {
+    "coreset": {},
+    "distribution_matching": {"iterations": 30, "networks": 3, "checkpoint_every": 7},
+    "kernel_ridge": {"iterations": 30, "checkpoint_every": 7},
+    "soft_label": {"iterations": 20, "unroll": 3, "batch_per_class": 4, "width": 8, "checkpoint_every": 7},
+}
+NAMES = DISTILLERS.names()
+
+
+class _Interrupt(Progress):
+    """Stops after some steps, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    def track(
+        self, items: Iterable[Any], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Any]:
+        for item in items:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+            yield item
+
+
+class _CountSteps(Progress):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def track(
+        self, items: Iterable[Any], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Any]:
+        for item in items:
+            self.steps += 1
+            yield item
+
+
+def _quick(name: str) -> dict[str, dict[str, Any]]:
+    return {name: QUICK[name]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_result_is_a_valid_release(name: str, classes: int) -> None:
+    data = blobs(patients=18, classes=classes)
+    distilled = distill(OpenCurator(data), method=name, ipc=2, settings=_quick(name)).distilled
+    assert distilled.images.shape == (2 * classes, 1, 16, 16)
+    assert distilled.hard_labels.tolist() == sorted(distilled.hard_labels.tolist())
+    assert distilled.privacy.reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_bits_other_seed_other_bits(name: str) -> None:
+    data = blobs(patients=18)
+
+    def images(seed: int) -> torch.Tensor:
+        run = distill(OpenCurator(data), method=name, ipc=1, seed=seed, settings=_quick(name))
+        return run.distilled.images
+
+    assert torch.equal(images(1), images(1))
+    assert not torch.equal(images(1), images(2))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "coreset"])
+def test_interrupted_run_resumes_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    curator = OpenCurator(blobs(patients=18))
+    recipe = make_recipe(curator.task, method=name, ipc=1, seed=3, settings=_quick(name))
+    whole_steps, resumed_steps = _CountSteps(), _CountSteps()
+    whole = run_recipe(recipe, curator, progress=whole_steps).distilled
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, curator, folder=tmp_path, progress=_Interrupt(whole_steps.steps - 5))
+    resumed = run_recipe(recipe, curator, folder=tmp_path, progress=resumed_steps).distilled
+    assert torch.equal(whole.images, resumed.images)
+    assert torch.equal(whole.soft_labels, resumed.soft_labels)
+    assert resumed_steps.steps < whole_steps.steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_round_trips_and_rebuilds_the_distiller(name: str) -> None:
+    recipe = make_recipe(blobs(patients=4).task, method=name, ipc=1, settings=_quick(name))
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    step = again.steps[0]
+    distiller: Any = make_distiller(step.distiller, step.settings)
+    assert asdict(distiller) == dict(step.settings)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "coreset"])
+def test_noise_start_touches_no_real_pixel(name: str) -> None:
+    recipe = make_recipe(blobs(patients=4).task, method=name, ipc=1)
+    assert not recipe.starts_from_real
+    real = make_recipe(blobs(patients=4).task, method=name, ipc=1, settings={name: {"init": "real"}})
+    assert real.starts_from_real
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_setting_names_the_nearest(name: str) -> None:
+    field = next(iter(QUICK[name]), "")
+    with pytest.raises(ConfigError, match=f"Did you mean '{field}'" if field else "unknown"):
+        make_distiller(name, {f"{field}x": 1})
+
+
+def test_checkpoint_of_other_data_is_not_taken_up(tmp_path: Path) -> None:
+    first, second = OpenCurator(blobs(patients=18, seed=0)), OpenCurator(blobs(patients=18, seed=1))
+    recipe = make_recipe(first.task, method="soft_label", ipc=1, settings=_quick("soft_label"))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, first, folder=tmp_path, progress=_Interrupt(15))
+    clean = run_recipe(recipe, second).distilled
+    assert torch.equal(run_recipe(recipe, second, folder=tmp_path).distilled.images, clean.images)
+
+
+def test_schedule_is_chosen_on_validation_patients() -> None:
+    data, validation = blobs(patients=18), blobs(patients=12, seed=5, first=100)
+    chosen = distill(OpenCurator(data), method="coreset", ipc=2, validation=validation).distilled.schedule
+    assert chosen.epochs in (40, 100, 300)
+
+
+def test_ipc_beyond_the_class_is_refused_by_name_of_the_class() -> None:
+    with pytest.raises(DataError, match="class0"):
+        distill(OpenCurator(blobs(patients=4)), method="coreset", ipc=50)
