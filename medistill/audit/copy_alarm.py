@@ -1,0 +1,124 @@
+"""Copy alarm: does a released image depict one patient far better than it depicts anybody else?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from medistill.core.images import ImageSet
+
+Floats = NDArray[np.float64]
+_NEARLY_ONE = 1 - 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopySearch:
+    """What the search found, one entry per released image.
+
+    Args:
+        patients: Best-matching patient of the pool.
+        correlation: Correlation with that patient's best image, in ``[-1, 1]``.
+        gap: How far the best patient stands out from the second best, as a difference of Fisher's z.
+        copies: Whether the match is closer than any seen between images of different people.
+        gap_limit: Largest gap seen for images of people outside the pool.
+        correlation_limit: Correlation above which a match counts as a copy whatever the gap.
+    """
+
+    patients: tuple[str, ...]
+    correlation: Floats
+    gap: Floats
+    copies: NDArray[np.bool_]
+    gap_limit: float
+    correlation_limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyAlarm:
+    """Search every released image among all patients' images.
+
+    Images are compared by correlation after reduction to ``side`` pixels, which takes away noise added on top of
+    a copy. What two *different* people's images look like is learned from the reference: people outside the pool,
+    searched in it the same way. A released image is a copy when its best patient stands out more than for any of
+    them. An alarm, never a pass: closeness alone does not measure leakage.
+
+    Args:
+        side: Side length at which images are compared.
+
+    References:
+        Ganev & De Cristofaro 2023, arXiv:2312.05114, on what distance to the closest record cannot show.
+
+    Privacy:
+        Reads non-released data of the pool and the reference.
+    """
+
+    side: int = 32
+
+    def search(self, released: Tensor, pool: ImageSet, reference: Tensor) -> CopySearch:
+        """Search the released images.
+
+        Args:
+            released: Shape ``(m, c, h, w)``.
+            pool: Images of all patients that could have been copied, and of others.
+            reference: Images of people outside the pool, shape ``(r, c, h, w)``.
+        """
+        of_pool = self._normalised(pool.images)
+        distinct, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
+        _, usual_best, usual_gap = self._match(self._normalised(reference), of_pool, of_image)
+        best, correlation, gap = self._match(self._normalised(released), of_pool, of_image)
+        gap_limit = float(usual_gap.max())
+        correlation_limit = float((1 + usual_best.max()) / 2)
+        return CopySearch(
+            patients=tuple(str(distinct[i]) for i in best),
+            correlation=correlation,
+            gap=gap,
+            copies=(gap > gap_limit) | (correlation > correlation_limit),
+            gap_limit=gap_limit,
+            correlation_limit=correlation_limit,
+        )
+
+    def _normalised(self, images: Tensor) -> Floats:
+        if images.shape[-1] > self.side:
+            images = F.interpolate(images, size=(self.side, self.side), mode="area")
+        flat = images.flatten(1).double()
+        flat = flat - flat.mean(1, keepdim=True)
+        unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        normalised: Floats = unit.numpy()
+        return normalised
+
+    @staticmethod
+    def _match(
+        images: Floats, pool: Floats, of_image: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], Floats, Floats]:
+        """Best patient of each image, the correlation with it, and its gap to the second-best patient."""
+        order = np.argsort(of_image, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(of_image[order]) > 0])
+        per_patient = np.maximum.reduceat(images @ pool[order].T, starts, axis=1)
+        ranked = np.argsort(per_patient, axis=1)
+        rows = np.arange(len(images))
+        first = per_patient[rows, ranked[:, -1]]
+        second = per_patient[rows, ranked[:, -2]]
+        z_first, z_second = (np.arctanh(np.clip(c, -_NEARLY_ONE, _NEARLY_ONE)) for c in (first, second))
+        return ranked[:, -1], first, z_first - z_second
+
+
+def source_lift(nearest: set[str], members: set[str], non_members: set[str]) -> tuple[float, float]:
+    """Whether the patients nearest to the release are members more often than chance.
+
+    Args:
+        nearest: Distinct best-matching patients among members and non-members.
+        members: Member patients of the pool.
+        non_members: Others.
+
+    Returns:
+        The share of members among the nearest, and the exact one-sided p-value (hypergeometric: which patients
+        count as members, drawn anew).
+    """
+    hits = len(nearest & members)
+    total = len(members) + len(non_members)
+    p_value = float(stats.hypergeom.sf(hits - 1, total, len(members), len(nearest)))
+    return hits / max(1, len(nearest)), p_value

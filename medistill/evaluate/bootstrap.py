@@ -1,0 +1,40 @@
+"""Bootstrap over patients: images of one patient come and go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medistill.core.reports import Estimate
+
+CONFIDENCE = 0.95
+
+
+def patient_weights(patients: Sequence[str], *, draws: int, seed: int) -> NDArray[np.float64]:
+    """Multiplicity of every image in every bootstrap draw.
+
+    Args:
+        patients: Pseudonym of each image's patient, length ``n``.
+        draws: Bootstrap draws ``b``; each draws as many patients as there are, with replacement.
+        seed: Public seed.
+
+    Returns:
+        Shape ``(b, n)``.
+    """
+    distinct, of_image = np.unique(np.asarray(patients), return_inverse=True)
+    generator = np.random.default_rng(seed)
+    share = np.full(len(distinct), 1 / len(distinct))
+    counts = generator.multinomial(len(distinct), share, size=draws)
+    return counts[:, of_image].astype(np.float64)
+
+
+def percentile_estimate(value: float, draws: NDArray[np.float64], *, n: int) -> Estimate:
+    """Estimate with a percentile interval; draws without both classes are left out."""
+    usable = draws[np.isfinite(draws)]
+    if not len(usable) or not np.isfinite(value):
+        return Estimate(value=float("nan"), low=0.0, high=1.0, confidence=CONFIDENCE, n=n)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(usable, [tail, 100 - tail])
+    return Estimate(value=value, low=float(low), high=float(high), confidence=CONFIDENCE, n=n)

@@ -1,0 +1,85 @@
+"""Diagnostic metrics against scikit-learn, with and without weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
+
+from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
+from medistill.evaluate.metrics import diagnostic_metrics, operating_point, weighted_auroc
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 6), st.integers(0, 3)), min_size=2, max_size=40).filter(
+        lambda rows: any(p and w for p, _, w in rows) and any(not p and w for p, _, w in rows)
+    )
+)
+def test_weighted_auroc_is_that_of_scikit_learn(rows: list[tuple[bool, int, int]]) -> None:
+    positive, scores, weights = (np.array(column) for column in zip(*rows, strict=True))
+    expected = roc_auc_score(positive, scores, sample_weight=weights)
+    found = weighted_auroc(scores.astype(float), positive.astype(bool), weights[None].astype(float))
+    assert found[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_absent_class_is_not_a_number() -> None:
+    assert np.isnan(weighted_auroc(np.arange(3.0), np.ones(3, bool), np.ones((1, 3)))[0])
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_metrics_are_those_of_scikit_learn(k: int) -> None:
+    generator = np.random.default_rng(k)
+    classes = generator.integers(0, k, 200)
+    scores = generator.normal(size=(200, k)) + 1.2 * np.eye(k)[classes]
+    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    found = diagnostic_metrics(probabilities, classes, np.ones((1, 200)), threshold=0.5 if k == 2 else None)
+    decided = probabilities.argmax(1)
+    assert found["balanced_accuracy"][0] == pytest.approx(balanced_accuracy_score(classes, decided))
+    if k == 2:
+        sensitivity = recall_score(classes, decided)
+        specificity = recall_score(classes, decided, pos_label=0)
+        assert found["auroc"][0] == pytest.approx(roc_auc_score(classes, probabilities[:, 1]))
+        expected = 2 * sensitivity * specificity / (sensitivity + specificity)
+        assert found["harmonic_mean"][0] == pytest.approx(expected)
+    else:
+        expected = roc_auc_score(classes, probabilities, multi_class="ovr")
+        assert found["auroc"][0] == pytest.approx(expected)
+
+
+def test_operating_point_has_the_best_balanced_accuracy() -> None:
+    generator = np.random.default_rng(5)
+    classes = generator.integers(0, 2, 120)
+    positive = np.round(generator.beta(2 + classes, 3 - classes), 2)
+    probabilities = np.stack([1 - positive, positive], axis=1)
+    cut = operating_point(probabilities, classes)
+    best = max(
+        balanced_accuracy_score(classes, positive >= threshold) for threshold in np.r_[np.unique(positive), 2]
+    )
+    assert balanced_accuracy_score(classes, positive >= cut) == pytest.approx(best)
+
+
+def test_patients_are_drawn_whole() -> None:
+    patients = ["a", "a", "b", "c", "c", "c"]
+    weights = patient_weights(patients, draws=50, seed=0)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 3] == weights[:, 5]).all()
+    assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
+
+
+def test_patient_interval_is_wider_than_an_image_interval_when_images_repeat() -> None:
+    generator = np.random.default_rng(0)
+    per_patient = generator.normal(size=60)
+    classes = np.repeat(generator.integers(0, 2, 60), 10)
+    scores = np.repeat(per_patient, 10) + 0.5 * classes
+
+    def width(patients: list[str]) -> float:
+        draws = weighted_auroc(scores, classes == 1, patient_weights(patients, draws=400, seed=1))
+        estimate = percentile_estimate(0.5, draws, n=60)
+        return estimate.high - estimate.low
+
+    grouped = width([str(i // 10) for i in range(600)])
+    separate = width([str(i) for i in range(600)])
+    assert grouped > 2 * separate
