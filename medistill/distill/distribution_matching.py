@@ -13,12 +13,9 @@ from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet, cache_sized, fresh
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
-
-_CHUNK = 64  # small batches stay in the processor's cache
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:
@@ -138,7 +135,7 @@ def class_means(curator: Curator, network: ConvNet) -> Tensor:
 
 def _embedding(network: ConvNet) -> Embed:
     def embed(images: Tensor, targets: Tensor) -> Tensor:
-        features = torch.cat([network.features(part) for part in torch.split(images, _CHUNK)])
+        features = torch.cat([network.features(part) for part in cache_sized(images)])
         weighted = targets[:, :, None] * features[:, None, :]
         return torch.cat([weighted.flatten(1), targets], dim=1)
 

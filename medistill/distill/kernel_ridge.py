@@ -16,14 +16,11 @@ from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet, cache_sized, fresh
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.objectives import objective
-
-_CHUNK = 64  # small batches stay in the processor's cache
-
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRidge:
@@ -242,7 +239,7 @@ class _Run:
             else:
                 drawn = torch.randint(len(members), (self._per_class,), generator=self._generator)
             rows.append(members[drawn])
-        parts = torch.split(self._real.images[torch.cat(rows)], _CHUNK)
+        parts = cache_sized(self._real.images[torch.cat(rows)])
         return torch.cat([network.features(augment(part, self._generator)) for part in parts])
 
     # -- checkpoint --------------------------------------------------------------------------------------------

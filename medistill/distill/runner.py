@@ -19,6 +19,7 @@ from medistill.core.protocols import Checkpoint, Curator, Distiller, NetworkFact
 from medistill.core.task import Task
 from medistill.distill.checkpoint import FileCheckpoint, NoCheckpoint
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
+from medistill.distill.start import initial
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.progress import Progress
@@ -157,7 +158,7 @@ def run_recipe(
     """Run a complete recipe; see :func:`distill` for the arguments."""
     progress = progress or Progress()
     result: Synthetic | None = None
-    snapshots: dict[str, Tensor] = {}
+    snapshots = _noise_start(recipe, curator)
     for position, step in enumerate(recipe.steps):
         result = _run_step(
             make_distiller(step.distiller, step.settings),
@@ -206,6 +207,14 @@ def _checkpoint(folder: Path | None, recipe: Recipe, position: int, curator: Cur
     digest.update(images.images.numpy().tobytes())
     digest.update(images.targets.numpy().tobytes())
     return FileCheckpoint(folder / f"{digest.hexdigest()[:12]}-{position}.safetensors")
+
+
+def _noise_start(recipe: Recipe, curator: Curator) -> dict[str, Tensor]:
+    """The images before the first step, where they are noise and so may be shown."""
+    if recipe.steps[0].settings.get("init") != "noise":
+        return {}
+    seed = derive_seed(recipe.seed, "distill", 0)
+    return {"start": initial(curator, init="noise", ipc=recipe.ipc, seed=seed, start=None).images}
 
 
 def _run_step(

@@ -1,0 +1,5 @@
+"""``python -m medistill`` is the command ``medistill``."""
+
+from medistill.cli import main
+
+main()

@@ -1,0 +1,174 @@
+"""Patients divided into train, validation, holdout and test.
+
+Patients whose images have identical pixels are taken for one person and stay together. Within each class the order
+comes from a keyed hash, so a division is reproducible with the key and the seed, and cannot be guessed without.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from medistill.core.cohort import Split
+from medistill.errors import ConfigError, SourceError
+from medistill.ingest.identity import Pseudonymiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFractions:
+    """Share of patients per split.
+
+    Args:
+        train: Distilled from.
+        validation: Schedules, operating points and the audit's reference.
+        holdout: The audit's non-members.
+        test: Diagnosis; not used where the source gives a test split.
+
+    Raises:
+        ConfigError: If a share is negative, nothing is left to train on, or they do not add up to 1.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
+
+    train: float = 0.55
+    validation: float = 0.15
+    holdout: float = 0.15
+    test: float = 0.15
+
+    def __post_init__(self) -> None:
+        shares = asdict(self)
+        problems = [f"expected {name} >= 0, got {share}" for name, share in shares.items() if not share >= 0]
+        if not self.train > 0:
+            problems.append(f"expected train > 0, got {self.train}")
+        if abs(sum(shares.values()) - 1) > 1e-9:
+            problems.append(f"expected fractions to add up to 1, got {sum(shares.values()):.6g}")
+        if problems:
+            raise ConfigError("Split fractions: " + "; ".join(problems) + ".")
+
+    def shares(self, *, given_test: bool) -> dict[Split, float]:
+        """Share of each split that is drawn, scaled to add up to 1; leaves test out where it is given."""
+        drawn = {split: float(getattr(self, split.value)) for split in Split}
+        if given_test:
+            drawn.pop(Split.TEST)
+        drawn = {split: share for split, share in drawn.items() if share > 0}
+        return {split: share / sum(drawn.values()) for split, share in drawn.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """What decides where one image goes.
+
+    Args:
+        patient: Pseudonym.
+        label: Class.
+        pixel_key: Keyed hash of the pixels.
+        given_test: Whether the source puts the image into the test split.
+    """
+
+    patient: str
+    label: str
+    pixel_key: str
+    given_test: bool = False
+
+
+def assign_splits(
+    members: Sequence[Member], *, fractions: SplitFractions, pseudonymiser: Pseudonymiser, seed: int
+) -> list[Split | None]:
+    """Divide images by patient.
+
+    Images given for testing stay there. All other patients are drawn for the remaining splits, whatever the source
+    calls them. A patient with several classes is drawn with the rarest of them.
+
+    Args:
+        members: Images.
+        fractions: Share of patients per split.
+        pseudonymiser: Orders patients under its key.
+        seed: Another seed gives another division.
+
+    Returns:
+        One split per image; ``None`` for an image whose patient also has images given for testing.
+
+    Raises:
+        SourceError: If a class has too few patients; says how many were found and needed.
+    """
+    person = _persons(members)
+    tested = {person[member.patient] for member in members if member.given_test}
+    shares = fractions.shares(given_test=bool(tested))
+    home: dict[str, Split] = {}
+    for patients in _strata(members, person, tested).values():
+        order = sorted(patients, key=lambda patient: pseudonymiser.digest("split", f"{seed}|{patient}"))
+        home.update(zip(order, _sequence(len(order), shares), strict=True))
+    places = [_place(member, person[member.patient], tested, home) for member in members]
+    _check_complete(members, places, shares)
+    return places
+
+
+def _place(member: Member, patient: str, tested: set[str], home: dict[str, Split]) -> Split | None:
+    if patient in tested:
+        return Split.TEST if member.given_test else None
+    return home[patient]
+
+
+def _persons(members: Sequence[Member]) -> dict[str, str]:
+    """Representative of each patient, by union-find over identical pixels."""
+    parent = {member.patient: member.patient for member in members}
+
+    def find(patient: str) -> str:
+        while parent[patient] != patient:
+            parent[patient] = parent[parent[patient]]
+            patient = parent[patient]
+        return patient
+
+    owner: dict[str, str] = {}
+    for member in members:
+        if not member.pixel_key:
+            continue
+        one, other = find(member.patient), find(owner.setdefault(member.pixel_key, member.patient))
+        parent[max(one, other)] = min(one, other)
+    return {patient: find(patient) for patient in parent}
+
+
+def _strata(members: Sequence[Member], person: dict[str, str], tested: set[str]) -> dict[str, list[str]]:
+    """Persons to draw, by the rarest of their classes."""
+    classes: dict[str, set[str]] = defaultdict(set)
+    for member in members:
+        if person[member.patient] not in tested:
+            classes[person[member.patient]].add(member.label)
+    frequency = Counter(label for labels in classes.values() for label in labels)
+    strata: dict[str, list[str]] = defaultdict(list)
+    for patient, labels in classes.items():
+        strata[min(labels, key=lambda label: (frequency[label], label))].append(patient)
+    return dict(sorted(strata.items()))
+
+
+def _check_complete(members: Sequence[Member], places: Sequence[Split | None], shares: dict[Split, float]) -> None:
+    """Every class needs a patient in every split."""
+    patients: dict[str, set[str]] = defaultdict(set)
+    present: dict[str, set[Split]] = defaultdict(set)
+    for member, place in zip(members, places, strict=True):
+        present[member.label] |= {place} if place else set()
+        if not member.given_test:
+            patients[member.label].add(member.patient)
+    needed = {*shares, *(split for splits in present.values() for split in splits)}
+    problems = [
+        f"class {label!r}: found {len(patients[label])} to draw from, needed at least {len(shares)}; "
+        f"none in {', '.join(sorted(needed - splits))}"
+        for label, splits in sorted(present.items())
+        if needed - splits
+    ]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise SourceError(f"Too few patients to divide. Every split needs a patient of every class.\n{listed}")
+
+
+def _sequence(count: int, shares: dict[Split, float]) -> list[Split]:
+    """Splits for ``count`` persons: one each as far as they go, the rest by largest remainder."""
+    least = 1 if count >= len(shares) else 0
+    numbers = {split: max(least, int(count * share)) for split, share in shares.items()}
+    while sum(numbers.values()) != count:
+        step = 1 if sum(numbers.values()) < count else -1
+        movable = [split for split in shares if step > 0 or numbers[split] > least]
+        chosen = max(movable, key=lambda split: step * (count * shares[split] - numbers[split]))
+        numbers[chosen] += step
+    return [split for split, number in numbers.items() for _ in range(number)]

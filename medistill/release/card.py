@@ -1,0 +1,191 @@
+"""``card.json`` for programs and ``README.md`` for a stranger: what a release is, states and cannot do."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from medistill.core.distilled import DistilledSet
+from medistill.core.reports import AuditReport, DiagnosticReport
+from medistill.report.disclosure import (
+    NOT_COVERED_NOTE,
+    ROUNDING_NOTE,
+    public_audit,
+    public_cohort,
+    public_commands,
+    public_diagnosis,
+)
+from medistill.report.wording import guarantee_meaning, one_line, three_lines, warnings_of
+
+CARD_FILE = "card.json"
+SCHEMA_VERSION = 1
+DEFAULT_NAME = "Distilled image release"
+
+_INTENDED = (
+    "Training and comparing models for the diagnosis named here, for research and teaching.",
+    "Repeating a published result without access to the original images.",
+)
+_LIMITS = (
+    "Not for diagnosis, treatment or triage of a patient; no regulator has approved it.",
+    "The images are made to train a network, not to be read: they need not look like anatomy.",
+    "A model trained on them inherits the population, the devices and the label errors of one data owner.",
+    "The guarantee and the audit speak of this release alone; further releases of the same patients add up.",
+    "Classes with few patients are less well served and may be less well protected where nothing is proved.",
+)
+
+
+def build_card(
+    *,
+    distilled: DistilledSet,
+    audit: AuditReport | None,
+    diagnosis: DiagnosticReport | None,
+    cohort: Mapping[str, Any] | None,
+    commands: tuple[str, ...],
+    forced_reason: str | None,
+    name: str,
+    licence: str | None,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The card as strict plain values.
+
+    Privacy:
+        Reads counts and measurements made on real patients. Every count is rounded down to tens; no pseudonym,
+        path or figure of a single patient enters.
+    """
+    what, guaranteed, measured = three_lines(distilled, audit, diagnosis)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": one_line(name),
+        "summary": {"what": what, "guaranteed": guaranteed, "measured": measured},
+        "warnings": [f"{w.title}. {w.text}" for w in warnings_of(distilled, audit, forced_reason)],
+        "task": distilled.task.to_json(),
+        "ipc": distilled.ipc,
+        "images": _images(distilled),
+        "method": distilled.recipe.method,
+        "recipe_fingerprint": distilled.recipe.fingerprint(),
+        "privacy": {
+            "statement": distilled.privacy.to_json(),
+            "sentence": one_line(distilled.privacy.sentence),
+            "meaning": guarantee_meaning(distilled.privacy),
+        },
+        "audit": None if audit is None else public_audit(audit),
+        "diagnosis": None if diagnosis is None else public_diagnosis(diagnosis, released=len(distilled)),
+        "cohort": None if cohort is None else public_cohort(cohort),
+        "counts_note": f"{ROUNDING_NOTE} {NOT_COVERED_NOTE}",
+        "intended_use": list(_INTENDED),
+        "limits": list(_LIMITS),
+        "real_and_synthetic": real_and_synthetic(distilled),
+        "licence": licence,
+        "medistill_version": distilled.recipe.version,
+        "versions": dict(versions),
+        "commands": list(public_commands(commands)),
+        "forced_reason": forced_reason,
+    }
+
+
+def real_and_synthetic(distilled: DistilledSet) -> dict[str, str]:
+    """What in a release stems from a patient and what was computed."""
+    if distilled.recipe.starts_from_real:
+        images = "At least one image began as, or is, a patient's image. Treat the release as patient data."
+    elif math.isinf(distilled.privacy.epsilon):
+        images = (
+            "Computed, beginning without any patient's image. They were fitted to real patients' images and may "
+            "carry information about them."
+        )
+    else:
+        images = (
+            "Computed, beginning without any patient's image, from answers about real patients that "
+            "were protected as the privacy statement says."
+        )
+    return {
+        "images": images,
+        "soft_labels": "Computed together with the images; they are not the diagnoses of patients.",
+        "measurements": NOT_COVERED_NOTE,
+    }
+
+
+def readme(card: Mapping[str, Any]) -> str:
+    """The card in words, for somebody who has never heard of medistill."""
+    summary = card["summary"]
+    warnings = "".join(f"> **Warning.** {_markdown(text)}\n>\n" for text in card["warnings"])
+    limits = "\n".join(f"- {text}" for text in card["limits"])
+    uses = "\n".join(f"- {text}" for text in card["intended_use"])
+    licence = _markdown(
+        card["licence"] or "not stated by the data owner; ask before you use or pass on the images."
+    )
+    return f"""# {_markdown(card["name"])}
+
+{_markdown(summary["what"])}
+
+{warnings.removesuffix(">" + chr(10))}
+## Load it
+
+```python
+from medistill.release.verify import load_release
+release = load_release("PATH")              # this folder; every file is checked first
+image, soft_label = release[0]
+```
+
+Without medistill: `safetensors.torch.load_file("images.safetensors")` gives `images` (in 0 to 1), `soft_labels`
+and `hard_labels`; `recipe.json` names the classes and how long to train.
+
+## What is guaranteed
+
+{_markdown(summary["guaranteed"])}
+
+{_markdown(card["privacy"]["meaning"])}
+
+## What was measured
+
+{_markdown(summary["measured"])}
+
+{card["counts_note"]}
+
+## What is real and what is not
+
+- Images: {card["real_and_synthetic"]["images"]}
+- Soft labels: {card["real_and_synthetic"]["soft_labels"]}
+
+## For what
+
+{uses}
+
+## Limits
+
+{limits}
+
+## Files
+
+| file | holds |
+|---|---|
+| `images.safetensors` | exact images, soft labels, hard labels |
+| `recipe.json` | how they were made, how to train on them, the privacy statement |
+| `labels.csv`, `images/` | the same for looking at: one 8-bit picture per row |
+| `card.json` | this page for programs, with all figures |
+| `report.html` | the full report; open it in any browser, no network needed |
+| `SHA256SUMS` | digests of all files: `sha256sum -c SHA256SUMS` or `medistill verify PATH` |
+
+The digests show damage and careless changes; they are not a signature.
+
+## Licence
+
+{licence}
+"""
+
+
+def _images(distilled: DistilledSet) -> dict[str, Any]:
+    classes = distilled.hard_labels.tolist()
+    return {
+        "count": len(distilled),
+        "per_class": {name: classes.count(i) for i, name in enumerate(distilled.task.class_names)},
+        "shape": list(distilled.images.shape[1:]),
+        "range": [0, 1],
+    }
+
+
+def _markdown(text: str) -> str:
+    """Text from outside that cannot become markup."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(one_line(text), quote=False))

@@ -1,0 +1,63 @@
+"""Many images on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from medistill.errors import DataError
+from medistill.report.png import encode, picture
+
+_TILE = 96  #: smallest side a tile is drawn at, in pixels
+_GAP = 6
+_LINE = 16
+
+
+def contact_sheet(images: Tensor, *, columns: int, captions: Sequence[str] = ()) -> bytes:
+    """Draw images in rows, each with a caption below it.
+
+    Small images are enlarged by a whole factor without smoothing, so that every pixel stays visible.
+
+    Args:
+        images: Shape ``(n, c, h, w)`` in ``[0, 1]``.
+        columns: Images per row.
+        captions: One per image, or none at all. A caption wider than its image is cut.
+
+    Returns:
+        PNG bytes; the same arguments give the same bytes.
+
+    Raises:
+        DataError: If there is no image, ``columns`` is below 1, or the number of captions differs.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415
+
+    if len(images) == 0 or columns < 1:
+        raise DataError(f"Expected at least one image and one column, got {len(images)} and {columns}.")
+    if captions and len(captions) != len(images):
+        raise DataError(f"Expected {len(images)} captions or none, got {len(captions)}.")
+    tiles = [picture(image) for image in images]
+    factor = max(1, -(-_TILE // max(tiles[0].size)))
+    width, height = tiles[0].width * factor, tiles[0].height * factor
+    pitch = height + _GAP + (_LINE if captions else 0)
+    rows = -(-len(tiles) // columns)
+    used = min(columns, len(tiles))
+    sheet = Image.new(tiles[0].mode, (used * (width + _GAP) + _GAP, rows * pitch + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for i, tile in enumerate(tiles):
+        left, top = _GAP + (i % columns) * (width + _GAP), _GAP + (i // columns) * pitch
+        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if captions:
+            text = _fitting(captions[i], lambda line: draw.textlength(line, font=font) <= width)
+            draw.text((left, top + height + 2), text, fill="black", font=font)
+    return encode(sheet)
+
+
+def _fitting(caption: str, fits: Callable[[str], bool]) -> str:
+    """The longest beginning of a caption that fits, with an ellipsis where something was cut."""
+    line = "".join(c if c.isprintable() and ord(c) < 256 else "?" for c in caption)
+    if fits(line):
+        return line
+    while line and not fits(line + "..."):
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,122 @@
+"""What a reader outside the hospital may see of the numbers that were counted on real patients.
+
+Every count of patients, of their images or of their files is rounded down to tens, so that no single patient
+changes what is printed by more than a step; a ``0`` can mean up to nine. The rounding is a courtesy against small
+cells, not a guarantee: counts and measurements are computed on real patients and are not covered by any epsilon.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from medistill.core.reports import AuditReport, DiagnosticReport
+from medistill.errors import DataError
+
+STEP = 10
+ROUNDING_NOTE = (
+    "Counts of patients, of their images and of their files are rounded down to tens; 0 can mean up to 9."
+)
+NOT_COVERED_NOTE = (
+    "Counts and measured figures were computed on real patients. They describe the release; they are not part of "
+    "any differential privacy guarantee."
+)
+
+#: Settings of ingestion that describe the processing and hold no count and no value of a patient.
+PUBLIC_PROFILE_KEYS = ("size", "fit", "intensity", "burned_in", "missing_patient")
+
+_PARTS = frozenset({"splits", "quarantine", "profile"})
+_LOCATION = re.compile(r"""(?:(?<=^)|(?<=[\s='"]))(?:~|[A-Za-z]:\\|/|\\\\)[^\s'"]*""")
+_ADDRESS = re.compile(r"""\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'"]+""")
+
+
+def rounded(count: float) -> int:
+    """A count of patients, images or files, rounded down to tens."""
+    return int(count) // STEP * STEP
+
+
+def public_commands(commands: tuple[str, ...]) -> tuple[str, ...]:
+    """Commands with absolute paths and network addresses replaced by ``PATH`` and ``ADDRESS``.
+
+    Relative paths stay; whoever passes the commands keeps names of patients out of them.
+    """
+    return tuple(_LOCATION.sub("PATH", _ADDRESS.sub("ADDRESS", command)) for command in commands)
+
+
+def public_cohort(cohort: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a cohort's summary may leave: rounded counts and how the images were processed.
+
+    Args:
+        cohort: ``splits`` (as of :meth:`medistill.core.cohort.Cohort.counts`), ``quarantine`` (reason code to
+            number of files) and ``profile``; each may be absent.
+
+    Raises:
+        DataError: If there is any other part.
+
+    Privacy:
+        Reads non-released counts and rounds every one of them; of the profile only
+        :data:`PUBLIC_PROFILE_KEYS` pass.
+    """
+    if cohort.keys() - _PARTS:
+        raise DataError(
+            f"Expected only {', '.join(sorted(_PARTS))} in the summary of a cohort; found another part."
+        )
+    profile = cohort.get("profile") or {}
+    settings = profile.get("config", profile)
+    return {
+        "splits": {
+            split: {name: rounded(number) for name, number in row.items()}
+            for split, row in (cohort.get("splits") or {}).items()
+        },
+        "quarantine": {code: rounded(number) for code, number in sorted((cohort.get("quarantine") or {}).items())},
+        "profile": {key: settings[key] for key in PUBLIC_PROFILE_KEYS if key in settings},
+    }
+
+
+def public_audit(audit: AuditReport) -> dict[str, Any]:
+    """An audit as strict plain values with every number of patients rounded.
+
+    Privacy:
+        Reads measurements made on real patients; counts are rounded, figures are kept.
+    """
+    values = audit.to_json()
+    values["members"] = rounded(audit.members)
+    values["non_members"] = rounded(audit.non_members)
+    plain: dict[str, Any] = _plain(values)
+    return plain
+
+
+def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str, Any]:
+    """A diagnosis as strict plain values with every number of patients and real images rounded.
+
+    Args:
+        diagnosis: Arms side by side.
+        released: Number of released images; arms trained on exactly so many keep their exact number.
+
+    Privacy:
+        Reads measurements made on real patients; counts are rounded, figures are kept.
+    """
+    values = diagnosis.to_json()
+    values["arms"] = [
+        {**asdict(arm), "images": arm.images if arm.images == released else rounded(arm.images)}
+        for arm in diagnosis.arms
+    ]
+    plain: dict[str, Any] = _plain(values)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Strict JSON values: tuples become lists, a number that is not finite ``None``, an estimate's n rounded."""
+    if isinstance(value, Mapping):
+        estimate = value.keys() == {"value", "low", "high", "confidence", "n"}
+        return {
+            str(key): rounded(item) if estimate and key == "n" else _plain(item) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

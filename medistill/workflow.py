@@ -1,0 +1,390 @@
+"""A whole run: ingest, distill, audit, evaluate, release; each stage kept, and run again only when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medistill import __version__
+from medistill.audit import audit
+from medistill.config import (
+    FolderSection,
+    ImageFolderSection,
+    NpzSection,
+    PhantomSection,
+    RunConfig,
+    parse_config,
+)
+from medistill.core.cohort import Cohort, Split
+from medistill.core.distilled import DistilledSet
+from medistill.core.images import ImageSet
+from medistill.core.reports import AuditReport, DiagnosticReport
+from medistill.distill import distill
+from medistill.errors import OutputError
+from medistill.evaluate import evaluate
+from medistill.ingest import ingest, load_cohort, load_or_create_key
+from medistill.ingest.phantom import PhantomConfig, write_phantom
+from medistill.privacy.curator import OpenCurator
+from medistill.progress import Progress
+from medistill.registry import SOURCES
+from medistill.release.folder import write_release
+from medistill.release.gate import check_gate
+from medistill.release.tensors import load_distilled, save_distilled
+from medistill.report.page import three_lines
+from medistill.seeds import derive_seed
+
+_MARK = "run.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Where a run's results are, and what they say.
+
+    Args:
+        release: The sealed folder.
+        report: Its one-page report.
+        lines: What the report says, in three lines.
+        ran: Stages that were run now; the others were unchanged.
+    """
+
+    release: Path
+    report: Path
+    lines: tuple[str, str, str]
+    ran: tuple[str, ...]
+
+
+def run(config: RunConfig, *, progress: Progress | None = None, jobs: int | None = None) -> RunResult:
+    """Run the five verbs in order; a stage whose inputs and settings did not change is not run again.
+
+    Args:
+        config: What to do.
+        progress: Shows how far it is.
+        jobs: Processes for ingestion; all cores by default.
+
+    Returns:
+        Where the release is and what it says.
+
+    Raises:
+        MedistillError: With one clear message; finished stages are kept, the interrupted one leaves nothing but
+            its checkpoints.
+    """
+    work = _Run(config=config, progress=progress or Progress(), jobs=jobs)
+    work.open()
+    work.stage("phantom", work.phantom_inputs(), work.write_phantom)
+    work.stage("ingest", work.ingest_inputs(), work.ingest)
+    work.stage("distill", work.distill_inputs(), work.distill)
+    work.stage("audit", work.audit_inputs(), work.audit)
+    work.stage("evaluate", work.evaluate_inputs(), work.evaluate)
+    work.stage("release", work.release_inputs(), work.release)
+    return work.result()
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """State of one run: where everything lies, and the images read so far."""
+
+    config: RunConfig
+    progress: Progress
+    jobs: int | None
+    ran: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    _images: dict[Split, ImageSet] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output
+
+    def open(self) -> None:
+        """Take the output folder, or refuse one that holds something else."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError("output: expected a folder, found a file. Choose another path.")
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _MARK).exists():
+            raise OutputError("output: the folder is not empty and holds no run. Choose a new one or empty it.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(json.loads(self.config.model_dump_json()), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / _MARK, resolved)
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, inputs: Mapping[str, Any] | None, action: Callable[[], None]) -> None:
+        """Run a stage unless it was finished with the same inputs by this version."""
+        if inputs is None:
+            return
+        text = json.dumps({"version": __version__, **inputs}, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digests[name] = digest
+        done = self.folder / "stages" / f"{name}.json"
+        if done.exists() and json.loads(done.read_text(encoding="utf-8"))["inputs"] == digest:
+            self.progress.say(f"{name}: unchanged")
+            return
+        done.unlink(missing_ok=True)
+        self.progress.say(f"{name} …")
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        action()
+        cost = {
+            "inputs": digest,
+            "seconds": round(time.perf_counter() - wall, 2),
+            "cpu_seconds": round(_cpu_seconds() - cpu, 2),
+            "peak_rss_mb": peak_rss_mb(),
+        }
+        done.parent.mkdir(exist_ok=True)
+        write_text(done, json.dumps(cost, indent=2) + "\n")
+        self.ran.append(name)
+        self.progress.say(
+            f"{name}: done in {cost['seconds']} s ({cost['cpu_seconds']} CPU s, peak {cost['peak_rss_mb']} MB)"
+        )
+
+    def phantom_inputs(self) -> Mapping[str, Any] | None:
+        source = self.config.source
+        return source.model_dump() if isinstance(source, PhantomSection) else None
+
+    def write_phantom(self) -> None:
+        source = self.config.source
+        assert isinstance(source, PhantomSection)
+        out = self.folder / "phantom"
+        shutil.rmtree(out, ignore_errors=True)
+        config = PhantomConfig(
+            patients=source.patients, size=source.size, seed=source.seed, difficulty=source.difficulty
+        )
+        write_phantom(out, config, progress=self.progress, jobs=self.jobs)
+
+    def _source(self) -> tuple[str, Path, Path | None]:
+        source = self.config.source
+        if isinstance(source, PhantomSection):
+            return "folder", self.folder / "phantom" / "dicom", self.folder / "phantom" / "labels.csv"
+        assert isinstance(source, (FolderSection, ImageFolderSection, NpzSection))
+        return source.kind, source.path, source.labels
+
+    def ingest_inputs(self) -> Mapping[str, Any]:
+        kind, path, labels = self._source()
+        listing = self.digests.get("phantom") or _listing(path)
+        return {
+            "kind": kind,
+            "source": listing,
+            "labels": _listing(labels) if labels else "",
+            "ingest": asdict(self.config.ingest),
+            "seed": self.config.seed,
+        }
+
+    def ingest(self) -> None:
+        kind, path, labels = self._source()
+        shutil.rmtree(self.folder / "cohort", ignore_errors=True)
+        ingest(
+            SOURCES.load(kind)(path),
+            self.folder / "cohort",
+            key=self._key(),
+            labels=labels,
+            config=self.config.ingest,
+            private_notes=self.folder / "quarantine.private.csv",
+            progress=self.progress,
+            jobs=self.jobs,
+        )
+        self._images.clear()
+
+    def _key(self) -> bytes:
+        """The cohort's key; a phantom hides nobody, so its key comes from the seed and the run repeats exactly."""
+        if isinstance(self.config.source, PhantomSection):
+            return hashlib.sha256(f"phantom/{self.config.seed}".encode()).digest()
+        return load_or_create_key(self.folder / "cohort.key")
+
+    def distill_inputs(self) -> Mapping[str, Any]:
+        return {
+            "ingest": self.digests["ingest"],
+            "distill": self.config.distill.model_dump(),
+            "seed": self.config.seed,
+        }
+
+    def distill(self) -> None:
+        section = self.config.distill
+        done = distill(
+            OpenCurator(self.images(Split.TRAIN)),
+            method=section.method,
+            ipc=section.ipc,
+            seed=derive_seed(self.config.seed, "distill"),
+            settings=section.settings,
+            validation=self.images(Split.VALIDATION),
+            folder=self.folder / "checkpoints",
+            progress=self.progress,
+        )
+        save_run_distilled(self.folder, done.distilled, done.snapshots)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def audit_inputs(self) -> Mapping[str, Any]:
+        return {"distill": self.digests["distill"], "audit": asdict(self.config.audit)}
+
+    def audit(self) -> None:
+        report = audit(
+            self.distilled(),
+            train=self.images(Split.TRAIN),
+            holdout=self.images(Split.HOLDOUT),
+            reference=self.images(Split.VALIDATION),
+            policy=self.config.audit,
+            seed=derive_seed(self.config.seed, "audit"),
+            folder=self.folder / "checkpoints",
+            progress=self.progress,
+        )
+        write_text(self.folder / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def evaluate_inputs(self) -> Mapping[str, Any]:
+        return {"distill": self.digests["distill"], "evaluate": asdict(self.config.evaluate)}
+
+    def evaluate(self) -> None:
+        report = evaluate(
+            self.distilled(),
+            train=self.images(Split.TRAIN),
+            validation=self.images(Split.VALIDATION),
+            tests={split.value: self.images(split) for split in (Split.TEST, Split.HOLDOUT)},
+            config=self.config.evaluate,
+            seed=derive_seed(self.config.seed, "evaluate"),
+            progress=self.progress,
+        )
+        write_text(self.folder / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")
+
+    def release_inputs(self) -> Mapping[str, Any]:
+        return {
+            "audit": self.digests["audit"],
+            "evaluate": self.digests["evaluate"],
+            "release": json.loads(self.config.release.model_dump_json()),
+        }
+
+    def release(self) -> None:
+        section = self.config.release
+        report = load_audit(self.folder)
+        check_gate(report, accept=section.accept, forced_reason=section.force_with_reason)
+        staged = self.folder / ".release-next"
+        shutil.rmtree(staged, ignore_errors=True)
+        write_release(
+            staged,
+            distilled=self.distilled(),
+            audit=report,
+            diagnosis=load_diagnosis(self.folder),
+            cohort=cohort_summary(self.cohort()),
+            snapshots=load_snapshots(self.folder),
+            commands=("medistill run run.yaml",),
+            forced_reason=section.force_with_reason,
+            licence=section.licence or None,
+        )
+        shutil.rmtree(self.folder / "release", ignore_errors=True)
+        staged.replace(self.folder / "release")
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def cohort(self) -> Cohort:
+        return load_cohort(self.folder / "cohort")
+
+    def images(self, split: Split) -> ImageSet:
+        if split not in self._images:
+            self._images[split] = self.cohort().split(split).images(self.config.distill.size)
+        return self._images[split]
+
+    def distilled(self) -> DistilledSet:
+        return load_distilled(self.folder / "distilled")
+
+    def result(self) -> RunResult:
+        release = self.folder / "release"
+        return RunResult(
+            release=release,
+            report=release / "report.html",
+            lines=three_lines(self.distilled(), load_audit(self.folder), load_diagnosis(self.folder)),
+            ran=tuple(self.ran),
+        )
+
+
+def save_run_distilled(folder: Path, distilled: DistilledSet, snapshots: Mapping[str, Tensor]) -> None:
+    """Put a distilled set and its snapshots into a run folder, replacing an earlier one."""
+    staged = folder / ".distilled-next"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    save_distilled(staged, distilled)
+    save_file({name: images.contiguous() for name, images in snapshots.items()}, staged / "snapshots.safetensors")
+    shutil.rmtree(folder / "distilled", ignore_errors=True)
+    staged.replace(folder / "distilled")
+
+
+def load_snapshots(folder: Path) -> Mapping[str, Tensor]:
+    """Images after each distiller of the recipe, by distiller; empty where none were kept."""
+    path = folder / "distilled" / "snapshots.safetensors"
+    return dict(load_file(path)) if path.exists() else {}
+
+
+def load_audit(folder: Path) -> AuditReport | None:
+    """Audit of a run folder, or ``None`` where none was made."""
+    path = folder / "audit.json"
+    return AuditReport.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def load_diagnosis(folder: Path) -> DiagnosticReport | None:
+    """Evaluation of a run folder, or ``None`` where none was made."""
+    path = folder / "diagnosis.json"
+    return DiagnosticReport.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def demo_config(out: Path, *, patients: int = 400) -> RunConfig:
+    """The run behind ``medistill demo``; ``configs/phantom.yaml`` holds the same."""
+    return parse_config(
+        {
+            "output": str(out),
+            "source": {"kind": "phantom", "patients": patients, "size": 128},
+            "ingest": {"size": 64, "classes": ["no_gastritis", "gastritis", "outside"]},
+            "distill": {"method": "auto", "ipc": 5, "size": 64},
+            "release": {"accept": ["PASS", "NOT_ESTIMABLE"], "licence": "CC0-1.0"},
+        },
+        name="demo",
+    )
+
+
+def cohort_summary(cohort: Cohort) -> Mapping[str, Any]:
+    """Counts of a cohort that may stand in a release: per split and per quarantine code."""
+    return {
+        "splits": cohort.counts(),
+        "quarantine": cohort.profile["counts"]["quarantine"],
+        "profile": dict(cohort.profile),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically.
+
+    Raises:
+        OutputError: If the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _listing(path: Path) -> str:
+    """Digest of what a source holds: names, sizes and times, without reading the files."""
+    digest = hashlib.sha256()
+    files = sorted(Path(root) / name for root, _, names in os.walk(path) for name in names)
+    for file in files or [path]:
+        if file.exists():
+            status = file.stat()
+            digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its finished children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def peak_rss_mb() -> int:
+    """Largest resident memory of this process or of any one finished child so far, in MB."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(peak / (1024 if sys.platform != "darwin" else 1024**2))

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medistill.errors import RejectedFile, SourceError
+from medistill.ingest.intensity import Policy
+from medistill.ingest.reading import Source
+from medistill.ingest.sources import FolderSource, ImageFolderSource, NpzSource, source_for
+from medistill.ingest.sources.image_folder import decode_image
+from medistill.registry import SOURCES
+
+
+def grey(payload: Path | bytes) -> np.ndarray:
+    return decode_image(payload, Policy.NONE).grey
+
+
+def names(source: Source) -> list[str]:
+    return [item.name for item in source.items()]
+
+
+def test_registry_names_them() -> None:
+    assert SOURCES.load("folder") is FolderSource
+    assert SOURCES.load("image_folder") is ImageFolderSource
+    assert SOURCES.load("npz") is NpzSource
+
+
+def test_links_are_not_followed_outside(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").touch()
+    inside = tmp_path / "inside"
+    (inside / "deep").mkdir(parents=True)
+    (inside / "deep" / "a").touch()
+    (inside / "loop").symlink_to(inside)
+    (inside / "away").symlink_to(outside)
+    (inside / "file").symlink_to(outside / "secret")
+    (inside / "self").symlink_to(inside / "self")
+    (inside / "good").symlink_to(inside / "deep" / "a")
+    assert names(FolderSource(inside)) == ["deep/a", "good"]
+
+
+def test_names_that_are_not_text(tmp_path: Path) -> None:
+    try:
+        with open(os.fsencode(tmp_path) + b"/\xff.dcm", "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system allows text names only")
+    assert len(names(FolderSource(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 51, 0.2),
+        ("RGB", (51, 51, 51), 0.2),
+        ("RGB", (255, 0, 0), 0.299),
+        ("RGBA", (255, 255, 255, 0), 0.0),
+        ("LA", (255, 128), 128 / 255),
+        ("I;16", 13107, 0.2),
+        ("1", 1, 1.0),
+        ("P", 0, 0.0),
+    ],
+)
+def test_modes(tmp_path: Path, mode: str, value: object, expected: float) -> None:
+    path = tmp_path / "a.png"
+    Image.new(mode, (5, 4), value).save(path)  # type: ignore[arg-type]
+    assert grey(path).shape == (4, 5)
+    np.testing.assert_allclose(grey(path), expected, atol=0.003)
+
+
+def test_damaged_images_are_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+    for content in (b"", b"text", path.read_bytes()[:900]):
+        path.write_bytes(content)
+        with pytest.raises(RejectedFile) as caught:
+            decode_image(path, Policy.NONE)
+        assert caught.value.code == "IMAGE_FORMAT"
+
+
+def test_archive_equals_folder(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/2.png", "__MACOSX/b/2.png", ".hidden.png", "notes.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), len(name)).save(path, format="PNG")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").rglob("*")):
+            archive.write(path, path.relative_to(tmp_path / "images"))
+    folder, packed = source_for(tmp_path / "images"), source_for(tmp_path / "images.zip")
+    assert names(folder) == names(packed) == ["a/1.png", "b/2.png"]
+    assert folder.labelled
+    for one, two in zip(folder.items(), packed.items(), strict=True):
+        assert one.label == two.label
+        np.testing.assert_array_equal(
+            folder.decode(one.payload, Policy.NONE).grey, packed.decode(two.payload, Policy.NONE).grey
+        )
+
+
+def test_npz_layouts(tmp_path: Path) -> None:
+    images = np.zeros((3, 5, 5), dtype=np.uint8)
+    np.savez(
+        tmp_path / "a.npz", images=images, label=[0, 1, 0], patient_id=["x", "y", "z"], split=["train", "test", ""]
+    )
+    items = list(NpzSource(tmp_path / "a.npz").items())
+    assert [(i.label, i.patient, i.split, i.index) for i in items][1] == ("1", "y", "test", "1")
+    np.savez(tmp_path / "b.npz", images=np.zeros((3, 5, 5, 5), dtype=np.uint8))
+    with pytest.raises(SourceError, match="volumes"):
+        len(NpzSource(tmp_path / "b.npz"))
+    np.savez(tmp_path / "c.npz", images=np.array([{}], dtype=object))
+    with pytest.raises(SourceError, match="pickled"):
+        len(NpzSource(tmp_path / "c.npz"))
+    np.savez(tmp_path / "d.npz", other=images)
+    with pytest.raises(SourceError, match="found neither"):
+        len(NpzSource(tmp_path / "d.npz"))
+
+
+def test_floats_out_of_range_are_rejected(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.full((1, 4, 4), 255.0, dtype=np.float32))
+    source = NpzSource(tmp_path / "a.npz")
+    image = np.asarray(next(source.items()).payload)
+    with pytest.raises(RejectedFile):
+        source.decode(image, Policy.NONE)

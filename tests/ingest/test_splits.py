@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medistill.core.cohort import Split
+from medistill.errors import ConfigError, SourceError
+from medistill.ingest.identity import Pseudonymiser
+from medistill.ingest.splits import Member, SplitFractions, assign_splits
+from tests.ingest.conftest import KEY
+
+SECRET = Pseudonymiser(KEY)
+
+
+def assign(members: list[Member], seed: int = 0, key: bytes = KEY) -> list[Split | None]:
+    return assign_splits(members, fractions=SplitFractions(), pseudonymiser=Pseudonymiser(key), seed=seed)
+
+
+def crowd(patients: int, classes: int = 2, images: int = 2) -> list[Member]:
+    return [
+        Member(patient=f"p{number:04d}", label=f"c{number % classes}", pixel_key=f"{number}/{image}")
+        for number in range(patients)
+        for image in range(images)
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    patients=st.integers(24, 120),
+    classes=st.integers(2, 3),
+    images=st.integers(1, 3),
+    seed=st.integers(0, 5),
+    twins=st.lists(st.tuples(st.integers(0, 23), st.integers(0, 23)), max_size=4),
+)
+def test_persons_stay_together_and_classes_are_balanced(
+    patients: int, classes: int, images: int, seed: int, twins: list[tuple[int, int]]
+) -> None:
+    members = crowd(patients, classes, images)
+    members += [
+        Member(patient=f"p{number:04d}", label=f"c{number % classes}", pixel_key=f"twin {index}")
+        for index, pair in enumerate(twins)
+        for number in pair
+    ]
+    try:
+        places = assign(members, seed)
+    except SourceError:
+        assert twins  # merging can leave a class with too few persons
+        return
+    assert places == assign(members, seed)
+    home: dict[str, set[Split | None]] = defaultdict(set)
+    for member, place in zip(members, places, strict=True):
+        home[member.patient].add(place)
+        home[member.pixel_key].add(place)
+    assert all(len(found) == 1 for found in home.values())
+    if not twins:
+        for label in {member.label for member in members}:
+            mine = {m.patient: p for m, p in zip(members, places, strict=True) if m.label == label}
+            for split, count in Counter(mine.values()).items():
+                assert split is not None
+                share = getattr(SplitFractions(), split.value)
+                assert abs(count - share * len(mine)) <= 1.5
+
+
+def test_order_of_images_does_not_matter() -> None:
+    members = crowd(40)
+    forward = dict(zip((m.patient for m in members), assign(members), strict=True))
+    backward = dict(zip((m.patient for m in members[::-1]), assign(members[::-1]), strict=True))
+    assert forward == backward
+
+
+def test_key_and_seed_change_the_division() -> None:
+    members = crowd(40)
+    assert assign(members) != assign(members, seed=1)
+    assert assign(members) != assign(members, key=bytes(32))
+
+
+def test_given_test_stays_and_its_patients_leave_the_rest() -> None:
+    members = crowd(40, images=1)
+    members += [Member(patient=f"t{n}", label=f"c{n % 2}", pixel_key=f"t{n}", given_test=True) for n in range(4)]
+    members += [Member(patient="t0", label="c0", pixel_key="again")]
+    places = assign(members)
+    assert places[-1] is None
+    assert set(places[-5:-1]) == {Split.TEST}
+    assert set(places[:-5]) == {Split.TRAIN, Split.VALIDATION, Split.HOLDOUT}
+    assert Counter(places[:-5])[Split.TRAIN] == 26  # 0.55 / 0.85 of 20 per class
+
+
+def test_too_few_patients_are_explained() -> None:
+    with pytest.raises(SourceError) as caught:
+        assign(crowd(5))
+    assert "class 'c1': found 2 to draw from, needed at least 4" in str(caught.value)
+
+
+def test_patient_with_two_classes_counts_for_both() -> None:
+    members = crowd(40, images=1)
+    members += [Member(patient=f"p{n:04d}", label="rare", pixel_key=f"rare {n}") for n in range(8)]
+    places = assign(members)
+    assert {place for member, place in zip(members, places, strict=True) if member.label == "rare"} == set(Split)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"train": 0.6},
+        {"train": 0.0, "test": 0.7},
+        {"train": 1.3, "validation": -0.6},
+        {"train": float("nan")},
+    ],
+)
+def test_fractions_are_checked(shares: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        SplitFractions(**shares)
