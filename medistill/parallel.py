@@ -42,4 +42,14 @@ def parallel_map(
     from joblib import Parallel, delayed  # noqa: PLC0415
 
     pool = Parallel(n_jobs=jobs or cpu_count(), return_as="generator", batch_size="auto")
-    yield from pool(delayed(function)(item) for item in items)
+    try:
+        yield from pool(delayed(function)(item) for item in items)
+    finally:
+        _stop_idle_workers()
+
+
+def _stop_idle_workers() -> None:
+    """Give back the memory of local workers, which would otherwise wait for minutes with all libraries loaded."""
+    from joblib.externals.loky import get_reusable_executor  # noqa: PLC0415
+
+    get_reusable_executor().shutdown(wait=True)

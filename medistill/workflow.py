@@ -338,9 +338,10 @@ def demo_config(out: Path, *, patients: int = 400) -> RunConfig:
     return parse_config(
         {
             "output": str(out),
-            "source": {"kind": "phantom", "patients": patients, "size": 128},
+            "source": {"kind": "phantom", "patients": patients, "size": 96, "difficulty": 0.3},
             "ingest": {"size": 64, "classes": ["no_gastritis", "gastritis", "outside"]},
-            "distill": {"method": "auto", "ipc": 5, "size": 64},
+            "distill": {"ipc": 5, "size": 32, "settings": {"kernel_ridge": {"iterations": 200}}},
+            "evaluate": {"real_epochs": 20},
             "release": {"accept": ["PASS", "NOT_ESTIMABLE"], "licence": "CC0-1.0"},
         },
         name="demo",

@@ -90,7 +90,10 @@ class LabelTable:
         missed = [line for lines in entries if lines not in self._matches for line in lines]
         if not missed:
             return ""
-        return f"{len(missed)} of {self._size} label rows match no usable image: {lines_text(missed)}"
+        return (
+            f"{len(missed)} of {self._size} label rows belong to no image that was kept (quarantined or missing): "
+            f"{lines_text(missed)}"
+        )
 
 
 def load_labels(

@@ -172,7 +172,10 @@ def test_unlabelled_images_and_rows_are_counted(clinic: Clinic, tmp_path: Path, 
     write_csv(labels, [*rows[:-1], ["9.9", "well"]])
     cohort = ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=SMALL, progress=recorder)
     assert quarantine(cohort) == {"NO_LABEL": 2}
-    assert recorder.messages[0] == "Warning: 1 of 32 label rows match no usable image: line 33."
+    assert (
+        recorder.messages[0]
+        == "Warning: 1 of 32 label rows belong to no image that was kept (quarantined or missing): line 33."
+    )
 
 
 def test_private_notes(clinic: Clinic, tmp_path: Path) -> None:

@@ -103,7 +103,10 @@ def test_unmatched_rows_are_named(tmp_path: Path) -> None:
     rows = [["file", "label"], *([f"{number}.png", "a"] for number in range(12))]
     table = load(write_csv(tmp_path / "t.csv", rows))
     table.match([token("file", "0.png")])
-    assert table.close() == "11 of 12 label rows match no usable image: lines 3, 4, 5, 6, 7, 8, 9, 10, …(+3)"
+    assert table.close() == (
+        "11 of 12 label rows belong to no image that was kept (quarantined or missing): "
+        "lines 3, 4, 5, 6, 7, 8, 9, 10, …(+3)"
+    )
 
 
 def test_nothing_matched_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Parallel work, seeds, the allocator and the doctor."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from medistill import allocator, doctor
+from medistill.parallel import cpu_count, parallel_map
+from medistill.seeds import derive_seed
+
+
+def _square(number: int) -> int:
+    return number * number
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_parallel_map_keeps_the_order(jobs: int) -> None:
+    assert list(parallel_map(_square, iter(range(20)), jobs=jobs)) == [n * n for n in range(20)]
+    assert cpu_count() >= 1
+
+
+def _fail(number: int) -> int:
+    if number == 3:
+        raise ValueError("three")
+    return number
+
+
+def test_an_error_in_a_worker_reaches_the_caller() -> None:
+    with pytest.raises(ValueError, match="three"):
+        list(parallel_map(_fail, range(10), jobs=2))
+
+
+def test_named_seeds_differ_and_repeat() -> None:
+    seeds = {derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed(0, "a", 1)}
+    assert len(seeds) == 4
+    assert derive_seed(0, "a") == derive_seed(0, "a")
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_allocator_takes_the_advice_exactly_where_it_is_glibc() -> None:
+    assert allocator.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_doctor_reports_a_mismatched_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(finding.ok for finding in doctor.diagnose())
+
+    def broken(name: str) -> object:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    finding = doctor._torchvision()
+    assert not finding.ok
+    assert "same index" in finding.remedy
