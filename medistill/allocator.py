@@ -1,8 +1,7 @@
 """Keep freed memory in the process, so that training on a CPU does not wait for fresh pages.
 
 glibc gives every block above 32 MB back to the system when it is freed, and the next layer of a network faults the
-same pages in again. Measured on the ConvNet at 64 px, batches of 64: 4.7 ms an image before, 2.9 ms after, on one core;
-peak memory grows by about a tenth.
+same pages in again. ``tests/benchmarks/test_convnet_speed.py`` measures what keeping them saves and costs.
 """
 
 from __future__ import annotations

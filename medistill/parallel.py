@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -42,9 +43,14 @@ def parallel_map(
     from joblib import Parallel, delayed  # noqa: PLC0415
 
     pool = Parallel(n_jobs=jobs or cpu_count(), return_as="generator", batch_size="auto")
+    results = pool(delayed(function)(item) for item in items)
     try:
-        yield from pool(delayed(function)(item) for item in items)
+        for result in results:  # noqa: UP028 - closing must happen below, not on the way out
+            yield result
     finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # results that an interruption leaves unused
+            results.close()
         _stop_idle_workers()
 
 

@@ -92,4 +92,4 @@ class TerminalProgress(Progress):
 
     def say(self, message: str) -> None:
         """Print one line."""
-        self._console.print(message, markup=False)
+        self._console.print(message, markup=False, soft_wrap=True)

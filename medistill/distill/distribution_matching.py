@@ -13,9 +13,11 @@ from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, cache_sized, fresh
+from medistill.networks.convnet import ConvNet, fresh
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
+from medistill.training.fit import cache_sized
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatching:

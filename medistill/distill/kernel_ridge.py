@@ -16,11 +16,13 @@ from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, cache_sized, fresh
+from medistill.networks.convnet import ConvNet, fresh
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
+from medistill.training.fit import cache_sized
 from medistill.training.objectives import objective
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRidge:

@@ -12,9 +12,6 @@ from medistill.core.task import Task
 from medistill.errors import ConfigError
 
 
-_CACHED_PIXELS = 1 << 16
-
-
 class ConvNet(nn.Module):
     """``depth`` blocks of 3x3 convolution, normalisation, ReLU and 2x2 average pooling, then a linear layer.
 
@@ -57,7 +54,7 @@ class ConvNet(nn.Module):
         self.norms = nn.ModuleList(
             nn.GroupNorm(groups[norm], width) if groups[norm] else nn.Identity() for _ in range(depth)
         )
-        # The same average as avg_pool2d; as a depthwise convolution it is up to 1.5 times faster to train on a CPU.
+        # The same average as avg_pool2d; a depthwise convolution trains up to 1.5 times faster on a CPU.
         self.register_buffer("_pool", torch.full((width, 1, 2, 2), 0.25), persistent=False)
         self.feature_count = width * (height >> depth) * (side >> depth)
         self.head = nn.Linear(self.feature_count, task.n_classes)
@@ -74,15 +71,6 @@ class ConvNet(nn.Module):
         """Logits of shape ``(n, k)`` for images ``(n, c, h, w)`` in ``[0, 1]``."""
         logits: Tensor = self.head(self.features(images))
         return logits
-
-
-def cache_sized(images: Tensor) -> tuple[Tensor, ...]:
-    """Split images into batches whose activations stay in the processor's cache.
-
-    For forward passes without gradients: four times faster on a CPU than batches of hundreds.
-    """
-    pixels = images.shape[-1] * images.shape[-2]
-    return torch.split(images, max(1, _CACHED_PIXELS // pixels))
 
 
 def fresh(factory: type[nn.Module] | object, task: Task, image_shape: tuple[int, ...], seed: int) -> nn.Module:

@@ -25,7 +25,8 @@ from medistill.release.tensors import distilled_files, json_bytes
 from medistill.report.page import render_report
 from medistill.report.png import encode, picture
 
-_IDENTIFIER = re.compile(rb"(?<![A-Za-z0-9])[A-Z2-7]{16}(?![A-Za-z0-9])|(?<![0-9.])2\.25\.[0-9]{6,}")
+# The decimals of a number (1/3 is 0.3333333333333333) have the alphabet of a pseudonym too, and are none.
+_IDENTIFIER = re.compile(rb"(?<![A-Za-z0-9])(?<![0-9]\.)[A-Z2-7]{16}(?![A-Za-z0-9])|(?<![0-9.])2\.25\.[0-9]{6,}")
 _PICTURE_DATA = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medistill.core.task import Task
-from medistill.networks.convnet import ConvNet, cache_sized, fresh
+from medistill.networks.convnet import ConvNet, fresh
+from medistill.training.fit import cache_sized
 
 pytestmark = pytest.mark.benchmark
 TASK = Task.single_label(("a", "b"))

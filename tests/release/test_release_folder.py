@@ -173,6 +173,11 @@ def test_pseudonyms_do_not_leave(tmp_path, where, identifier):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_decimals_of_a_third_are_no_pseudonym(tmp_path):
+    write(tmp_path / "release", forced_reason=f"shares of {1 / 3} and {2 / 3}.")
+    assert (tmp_path / "release" / "card.json").exists()
+
+
 def test_class_name_of_the_form_of_a_pseudonym_is_a_class_name(tmp_path):
     assert write(tmp_path / "release", distilled_set(("normal", "NEUROBLASTOMATAS"), ipc=1)).is_dir()
 

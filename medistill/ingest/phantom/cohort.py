@@ -124,9 +124,9 @@ def write_phantom(
         if out.exists():
             out.rmdir()
         partial_out.rename(out)
-    except OSError as error:
+    except OSError:
         raise OutputError(
-            f"The phantom could not be written ({error.strerror}); free space or name another folder."
+            "The phantom could not be written, and nothing was left behind. Free space or name another folder."
         ) from None
     finally:
         shutil.rmtree(partial_out, ignore_errors=True)
