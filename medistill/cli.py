@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import shutil
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,7 +18,7 @@ import typer
 
 from medistill import __version__
 from medistill.allocator import keep_freed_memory
-from medistill.errors import ConfigError, MedistillError
+from medistill.errors import ConfigError, MedistillError, OutputError
 from medistill.progress import Progress, TerminalProgress
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MedistillError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: finished stages and checkpoints are kept; the same command goes on from there.", 130
+        return "interrupted: nothing was half-written; finished stages and checkpoints are kept.", 130
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "error: the disk is full. Nothing was half-written; free some space and run the command again.", 2
     if isinstance(error, PermissionError):
@@ -166,7 +167,7 @@ def phantom(
     out: Annotated[Path, typer.Argument(help="New folder for DICOM files, labels.csv and ground_truth.json.")],
     patients: Annotated[int, typer.Option(min=1)] = 200,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int, typer.Option(min=32, help="Side length in pixels.")] = 256,
+    size: Annotated[int, typer.Option(min=48, help="Side length in pixels.")] = 256,
 ) -> None:
     """Write a synthetic double-contrast gastric X-ray cohort as DICOM, the same bytes for the same seed.
 
@@ -232,11 +233,12 @@ def ingest(
     from medistill.ingest import ingest as ingest_source
     from medistill.registry import SOURCES
 
-    key_path = key or out.with_name(f"{out.name}.key")
+    opened = SOURCES.load(kind.value)(source)
+    len(opened)  # a missing source is reported before anything is made
     cohort = ingest_source(
-        SOURCES.load(kind.value)(source),
+        opened,
         out,
-        key=load_or_create_key(key_path),
+        key=load_or_create_key(key or out.with_name(f"{out.name}.key")),
         labels=labels,
         config=IngestConfig(size=size, label_column=label_column, seed=seed),
         private_notes=out.with_name(f"{out.name}.quarantine.private.csv"),
@@ -267,29 +269,36 @@ def distill(
 
     Example: `medistill distill cohort --method auto --ipc 10 --out run`
     """
+    from medistill.config import check_settings
     from medistill.distill import distill as distil
     from medistill.distill import resolve_method
     from medistill.privacy.curator import OpenCurator
     from medistill.workflow import save_run_distilled
 
+    if (out / "distilled").exists():
+        raise OutputError(
+            "The run folder holds a distilled set already. Choose a new one, so that its audit stays with it."
+        )
     real = _cohort(cohort)
-    typer.echo(resolve_method(method, real.task, ipc).why, err=True)
+    chosen = resolve_method(method, real.task, ipc)
+    typer.echo(f"{' + '.join(chosen.distillers)}: {chosen.why}", err=True)
     result = distil(
         OpenCurator(real.split("train").images(size)),
         method=method,
         ipc=ipc,
         seed=seed,
-        settings=_settings(settings or []),
+        settings=check_settings(method, _settings(settings or [])),
         validation=real.split("validation").images(size),
         folder=out / "checkpoints",
         progress=_progress(),
     )
     save_run_distilled(out, result.distilled, result.snapshots)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     typer.echo(f"{len(result.distilled)} images of {size} px in {out}")
 
 
 def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
-    import yaml
+    from medistill.config import parse_value
 
     settings: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -297,7 +306,7 @@ def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
         distiller, dot, name = path.partition(".")
         if not (separator and dot):
             raise ConfigError(f"Expected --set DISTILLER.NAME=VALUE, got {entry!r}.")
-        settings.setdefault(distiller, {})[name] = yaml.safe_load(text)
+        settings.setdefault(distiller, {})[name] = parse_value(text, option=f"--set {path}")
     return settings
 
 
@@ -339,6 +348,7 @@ def audit(
         progress=_progress(),
     )
     write_text(run / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     for outcome in report.outcomes:
         typer.echo(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
         for control in outcome.controls:
@@ -489,7 +499,10 @@ def doctor() -> None:
 
 @app.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version.
+
+    Example: `medistill version`
+    """
     typer.echo(__version__)
 
 

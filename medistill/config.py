@@ -7,11 +7,13 @@ relative to the current folder.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -20,19 +22,35 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
 )
 
 from medistill.audit import AuditPolicy
 from medistill.core.reports import Verdict
+from medistill.core.task import Task
 from medistill.distill import resolve_method
 from medistill.distill.runner import make_distiller
 from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig
 from medistill.ingest import IngestConfig
 from medistill.ingest.phantom import PhantomConfig
-from medistill.registry import nearest
+from medistill.registry import DISTILLERS, nearest
+
+#: Sections that are checked as a whole once their values are legal.
+_RECORDS = ("ingest", "audit", "evaluate")
+_Problem = tuple[str, str]
+
+
+class _SeveralError(ValueError):
+    """Several problems of one value, each with its path below that value."""
+
+    def __init__(self, problems: Sequence[_Problem]) -> None:
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        self.problems = tuple(problems)
 
 
 def _expand(value: object) -> object:
@@ -80,8 +98,8 @@ class PhantomSection(_Section):
     """The synthetic gastric X-ray cohort, written as DICOM into the run folder."""
 
     kind: Literal["phantom"]
-    patients: int = Field(default=PhantomConfig().patients, ge=1)
-    size: int = Field(default=PhantomConfig().size, ge=32)
+    patients: int = Field(default=PhantomConfig().patients, ge=1, le=99_999)
+    size: int = Field(default=PhantomConfig().size, ge=48, le=4096)
     seed: int = Field(default=0, ge=0)
     difficulty: float = Field(default=PhantomConfig().difficulty, ge=0, le=1)
 
@@ -102,16 +120,67 @@ class DistillSection(_Section):
     size: int = Field(default=64, ge=16, le=1024)
     settings: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _known(self) -> DistillSection:
-        from medistill.core.task import Task  # noqa: PLC0415
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        resolve_method(method, _ANY_TASK, 1)
+        return method
 
-        names = resolve_method(self.method, Task.single_label(("0", "1")), self.ipc).distillers
-        for section, settings in self.settings.items():
-            if section not in names:
-                raise ConfigError(f"settings.{section}: not part of {'+'.join(names)}.{nearest(section, names)}")
-            make_distiller(section, settings)
-        return self
+    @field_validator("settings")
+    @classmethod
+    def _known_settings(
+        cls, settings: Mapping[str, Mapping[str, Any]], info: ValidationInfo
+    ) -> Mapping[str, Mapping[str, Any]]:
+        return _typed_settings(info.data.get("method"), settings)
+
+
+_ANY_TASK = Task.single_label(("0", "1"))
+
+
+def check_settings(method: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Settings of a method's distillers, each value turned into the type of its setting.
+
+    Raises:
+        ConfigError: With every unknown distiller or setting and every value that is not legal.
+    """
+    resolve_method(method, _ANY_TASK, 1)
+    try:
+        return _typed_settings(method, settings)
+    except _SeveralError as error:
+        raise ConfigError(" ".join(f"{path}: {message}" for path, message in error.problems)) from None
+
+
+def _typed_settings(method: str | None, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """As :func:`check_settings`; ``None`` stands for a method that is a problem itself."""
+    names = resolve_method(method, _ANY_TASK, 1).distillers if method else tuple(DISTILLERS.names())
+    problems: list[_Problem] = []
+    typed: dict[str, dict[str, Any]] = {}
+    for section, values in settings.items():
+        if section in names:
+            typed[section] = _typed_distiller(section, values, problems)
+        else:
+            problems.append((section, f"not part of {'+'.join(names)}.{nearest(section, names)}"))
+    if problems:
+        raise _SeveralError(problems)
+    return typed
+
+
+def _typed_distiller(name: str, values: Mapping[str, Any], problems: list[_Problem]) -> dict[str, Any]:
+    factory = DISTILLERS.load(name)
+    if not is_dataclass(factory):
+        make_distiller(name, values)
+        return dict(values)
+    known = list(factory.__dataclass_fields__)
+    problems += [(f"{name}.{key}", f"unknown.{nearest(key, known)}") for key in values if key not in known]
+    kept = {key: value for key, value in values.items() if key in known}
+    try:
+        made = TypeAdapter(factory).validate_python(kept)
+    except ValidationError as error:
+        problems += [
+            (".".join((name, *map(str, entry["loc"]))), _message(dict(entry))) for entry in error.errors()
+        ]
+        return kept
+    return {key: getattr(made, key) for key in kept}
 
 
 class ReleaseSection(_Section):
@@ -124,6 +193,10 @@ class ReleaseSection(_Section):
     accept: frozenset[Verdict] = frozenset({Verdict.PASS})
     force_with_reason: Annotated[str | None, AfterValidator(lambda text: text or None)] = None
     licence: str = ""
+
+    @field_serializer("accept")
+    def _in_order(self, accept: frozenset[Verdict]) -> list[str]:
+        return sorted(verdict.value for verdict in accept)
 
 
 class RunConfig(_Section):
@@ -166,13 +239,31 @@ def parse_config(values: Mapping[str, Any], *, name: str = "configuration") -> R
     Raises:
         ConfigError: With every problem, one a line.
     """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(dict(entry)) for entry in error.errors()]
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{count} in {name}:\n{lines}") from None
+    problems: list[str] = []
+    left: Any = copy.deepcopy(dict(values))
+    while True:
+        try:
+            config = RunConfig.model_validate(left)
+            break
+        except ValidationError as error:
+            entries: list[dict[str, Any]] = [dict(entry) for entry in error.errors()]
+        found = [line for entry in entries for line in _lines(entry) if line not in problems]
+        problems += found
+        if not found or not _set_aside(left, [tuple(entry["loc"]) for entry in entries]):
+            break
+    if not problems:
+        return config
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    raise ConfigError(f"{count} in {name}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _set_aside(values: dict[str, Any], locations: Sequence[tuple[Any, ...]]) -> bool:
+    """Take bad values out of records, so that what is only checked on a whole record is looked at too."""
+    taken = False
+    for section, *inner in (location for location in locations if location[:1] and location[0] in _RECORDS):
+        if inner and isinstance(values.get(section), dict):
+            taken |= values[section].pop(inner[0], None) is not None
+    return taken
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -186,7 +277,28 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {path}: {parent!r} is a value, not a section.")
         here = child
-    here[last] = yaml.safe_load(text)
+    here[last] = parse_value(text, option=f"--set {path}")
+
+
+def parse_value(text: str, *, option: str) -> Any:
+    """The YAML value of a command-line option.
+
+    Raises:
+        ConfigError: If it is not valid YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option}: the value is not valid YAML.") from error
+
+
+def _lines(entry: dict[str, Any]) -> list[str]:
+    """Problems behind one entry of pydantic, each with its dotted path."""
+    cause = entry.get("ctx", {}).get("error")
+    if isinstance(cause, _SeveralError):
+        above = ".".join(map(str, entry["loc"]))
+        return [f"{above}.{path}: {message}" for path, message in cause.problems]
+    return [_problem(entry)]
 
 
 def _problem(entry: dict[str, Any]) -> str:
@@ -199,10 +311,19 @@ def _problem(entry: dict[str, Any]) -> str:
         return f"{path}: unknown.{nearest(location[-1], _known_names(entry['loc']))}"
     if entry["type"] == "missing":
         return f"{path}: missing."
+    if entry["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [_kind_of(section) for section in get_args(get_args(SourceSection)[0])]
+        tag = entry["ctx"].get("tag")
+        found = "missing." if tag is None else f"unknown.{nearest(str(tag), kinds)}"
+        return f"{path}.kind: {found} Known: {', '.join(kinds)}."
+    return f"{path}: {_message(entry)}"
+
+
+def _message(entry: dict[str, Any]) -> str:
     message = str(entry["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     found = entry.get("input")
     shown = f" Found {found!r}." if isinstance(found, (int, float, bool)) or _is_word(found) else ""
-    return f"{path}: {message}.{shown}"
+    return f"{message}.{shown}" if not message.endswith("?") else message
 
 
 def _is_word(value: object) -> bool:
@@ -213,14 +334,16 @@ def _known_names(location: Sequence[Any]) -> list[str]:
     """Names allowed where an unknown one was found."""
     here: Any = RunConfig
     for part in location[:-1]:
-        fields = getattr(here, "model_fields", None) or getattr(here, "__dataclass_fields__", {})
-        if part in fields:
-            here = fields[part].annotation if hasattr(fields[part], "annotation") else fields[part].type
+        if part in _fields(here):
+            here = get_type_hints(here)[part]
         else:
             candidates = [kind for kind in get_args(here) if _kind_of(kind) == part]
             here = candidates[0] if candidates else here
-    fields = getattr(here, "model_fields", None) or getattr(here, "__dataclass_fields__", {})
-    return list(fields)
+    return _fields(here)
+
+
+def _fields(record: Any) -> list[str]:
+    return list(getattr(record, "model_fields", None) or getattr(record, "__dataclass_fields__", {}))
 
 
 def _kind_of(section: Any) -> str:

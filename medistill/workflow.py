@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from medistill import __version__
-from medistill.audit import audit
+from medistill.audit import audit, require_patients
 from medistill.config import (
     FolderSection,
     ImageFolderSection,
@@ -40,6 +40,7 @@ from medistill.ingest.phantom import PhantomConfig, write_phantom
 from medistill.privacy.curator import OpenCurator
 from medistill.progress import Progress
 from medistill.registry import SOURCES
+from medistill.release.durable import output_errors, replace_durably
 from medistill.release.folder import write_release
 from medistill.release.gate import check_gate
 from medistill.release.tensors import load_distilled, save_distilled
@@ -47,6 +48,14 @@ from medistill.report.page import three_lines
 from medistill.seeds import derive_seed
 
 _MARK = "run.yaml"
+_RESULTS = {
+    "phantom": "phantom",
+    "ingest": "cohort",
+    "distill": "distilled",
+    "audit": "audit.json",
+    "evaluate": "diagnosis.json",
+    "release": "release",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +129,15 @@ class _Run:
     # -- stages ------------------------------------------------------------------------------------------------
 
     def stage(self, name: str, inputs: Mapping[str, Any] | None, action: Callable[[], None]) -> None:
-        """Run a stage unless it was finished with the same inputs by this version."""
+        """Run a stage unless its result is there, finished with the same inputs by this version."""
         if inputs is None:
             return
         text = json.dumps({"version": __version__, **inputs}, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.digests[name] = digest
         done = self.folder / "stages" / f"{name}.json"
-        if done.exists() and json.loads(done.read_text(encoding="utf-8"))["inputs"] == digest:
+        there = done.exists() and (self.folder / _RESULTS[name]).exists()
+        if there and json.loads(done.read_text(encoding="utf-8"))["inputs"] == digest:
             self.progress.say(f"{name}: unchanged")
             return
         done.unlink(missing_ok=True)
@@ -181,10 +191,11 @@ class _Run:
 
     def ingest(self) -> None:
         kind, path, labels = self._source()
-        shutil.rmtree(self.folder / "cohort", ignore_errors=True)
+        staged = self.folder / ".cohort-next"
+        shutil.rmtree(staged, ignore_errors=True)
         ingest(
             SOURCES.load(kind)(path),
-            self.folder / "cohort",
+            staged,
             key=self._key(),
             labels=labels,
             config=self.config.ingest,
@@ -192,6 +203,8 @@ class _Run:
             progress=self.progress,
             jobs=self.jobs,
         )
+        shutil.rmtree(self.folder / "cohort", ignore_errors=True)
+        staged.replace(self.folder / "cohort")
         self._images.clear()
 
     def _key(self) -> bytes:
@@ -209,6 +222,7 @@ class _Run:
 
     def distill(self) -> None:
         section = self.config.distill
+        require_patients(**{s.value: self.images(s) for s in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)})
         done = distill(
             OpenCurator(self.images(Split.TRAIN)),
             method=section.method,
@@ -264,6 +278,10 @@ class _Run:
     def release(self) -> None:
         section = self.config.release
         report = load_audit(self.folder)
+        earlier = self.folder / "release"
+        if earlier.exists():  # it is of other results, whatever the gate says now
+            shutil.rmtree(self.folder / "release-superseded", ignore_errors=True)
+            earlier.replace(self.folder / "release-superseded")
         check_gate(report, accept=section.accept, forced_reason=section.force_with_reason)
         staged = self.folder / ".release-next"
         shutil.rmtree(staged, ignore_errors=True)
@@ -278,8 +296,8 @@ class _Run:
             forced_reason=section.force_with_reason,
             licence=section.licence or None,
         )
-        shutil.rmtree(self.folder / "release", ignore_errors=True)
         staged.replace(self.folder / "release")
+        shutil.rmtree(self.folder / "release-superseded", ignore_errors=True)
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -308,11 +326,15 @@ def save_run_distilled(folder: Path, distilled: DistilledSet, snapshots: Mapping
     """Put a distilled set and its snapshots into a run folder, replacing an earlier one."""
     staged = folder / ".distilled-next"
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    save_distilled(staged, distilled)
-    save_file({name: images.contiguous() for name, images in snapshots.items()}, staged / "snapshots.safetensors")
-    shutil.rmtree(folder / "distilled", ignore_errors=True)
-    staged.replace(folder / "distilled")
+    try:
+        staged.mkdir(parents=True)
+        save_distilled(staged, distilled)
+        content = save({name: images.contiguous() for name, images in snapshots.items()})
+        (staged / "snapshots.safetensors").write_bytes(content)
+        shutil.rmtree(folder / "distilled", ignore_errors=True)
+        staged.replace(folder / "distilled")
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def load_snapshots(folder: Path) -> Mapping[str, Tensor]:
@@ -361,11 +383,10 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file atomically.
 
     Raises:
-        OutputError: If the disk is full.
+        OutputError: If the disk is full or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with output_errors(path):
+        replace_durably(path, text.encode())
 
 
 def _listing(path: Path) -> str:

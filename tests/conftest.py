@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: two threads on two busy cores wait for each other
+
 import numpy as np
 import pytest
 import torch

@@ -18,7 +18,7 @@ from medistill.core.images import ImageSet
 from medistill.core.reports import AttackOutcome, AuditReport, ControlOutcome, Estimate, Verdict
 from medistill.distill.runner import run_recipe
 from medistill.distill.start import random_images
-from medistill.errors import DataError
+from medistill.errors import ConfigError, DataError
 from medistill.privacy.curator import OpenCurator
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
@@ -48,6 +48,9 @@ class AuditPolicy:
         fprs: False-positive rates at which the true-positive rate is reported.
         alpha: A membership result with a smaller p-value counts as found.
         fewest_patients: Patients attacked in all, below which the audit cannot pass.
+
+    Raises:
+        ConfigError: If a limit is one that no release could miss, or none could keep.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
@@ -56,6 +59,20 @@ class AuditPolicy:
     fprs: tuple[float, ...] = (0.01, 0.1)
     alpha: float = 0.01
     fewest_patients: int = 200
+
+    def __post_init__(self) -> None:
+        problems = [
+            message
+            for holds, message in (
+                (0.5 < self.auroc_high < 1, f"0.5 < auroc_high < 1, got {self.auroc_high}"),
+                (all(0 < fpr < 1 for fpr in self.fprs), "every one of fprs between 0 and 1"),
+                (0 < self.alpha < 1, f"0 < alpha < 1, got {self.alpha}"),
+                (self.fewest_patients >= 1, f"fewest_patients >= 1, got {self.fewest_patients}"),
+            )
+            if not holds
+        ]
+        if problems:
+            raise ConfigError(f"Expected {'; '.join(problems)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +140,29 @@ def audit(
     )
 
 
+def require_patients(**parts: ImageSet) -> None:
+    """Refuse parts that are too small for an audit, before hours are spent on what could not be audited.
+
+    Args:
+        parts: Images by split name.
+
+    Raises:
+        DataError: If a part has fewer than ten patients; says how many were found and needed.
+    """
+    problems = [
+        f"{name} has {len(part.unique_patients)}"
+        for name, part in parts.items()
+        if len(part.unique_patients) < _FEWEST
+    ]
+    if problems:
+        raise DataError(
+            f"An audit needs at least {_FEWEST} patients in each part; {', '.join(problems)}. "
+            "Ingest more patients or give the part a larger fraction."
+        )
+
+
 def _draw_pool(train: ImageSet, holdout: ImageSet, reference: ImageSet, seed: int) -> _Pool:
-    for name, part in (("train", train), ("holdout", holdout), ("validation", reference)):
-        if len(part.unique_patients) < _FEWEST:
-            raise DataError(
-                f"An audit needs at least {_FEWEST} {name} patients, found {len(part.unique_patients)}. "
-                "Ingest more patients or give this split a larger fraction."
-            )
+    require_patients(train=train, holdout=holdout, validation=reference)
     patients = train.unique_patients
     count = min(len(holdout.unique_patients), len(patients) // 2)
     order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -213,7 +246,8 @@ def _membership_summary(verdict: Verdict, area: Estimate, detectable: float, p_v
             f"No leak was shown (AUROC {area}), but with so few patients only an AUROC above {detectable:.2f} "
             "would have been seen."
         )
-    return f"No relevant leak found at this power: AUROC {area}; an AUROC above {detectable:.2f} would have been seen."
+    power = f"an AUROC above {detectable:.2f} would have been seen"
+    return f"No relevant leak found at this power: AUROC {area}; {power}."
 
 
 def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) -> AttackOutcome:

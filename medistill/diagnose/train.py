@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from medistill import __version__
 from medistill.errors import OutputError
@@ -73,7 +73,8 @@ def train_on_release(
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors")
+        weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
+        (partial / "model.safetensors").write_bytes(weights)
         (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if out.exists():
             out.rmdir()

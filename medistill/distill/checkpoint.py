@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Generator, Tensor
 
 from medistill.errors import OutputError
@@ -44,8 +44,9 @@ class FileCheckpoint:
         """Replace the kept state: write beside it, flush to disk, rename."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, partial)
-        with partial.open("rb+") as handle:
+        with partial.open("wb") as handle:
+            handle.write(save({name: value.detach().contiguous().clone() for name, value in state.items()}))
+            handle.flush()
             os.fsync(handle.fileno())
         partial.replace(self._path)
 

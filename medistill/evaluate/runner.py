@@ -21,7 +21,7 @@ from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
 from medistill.evaluate.metrics import METRICS, diagnostic_metrics, operating_point
 from medistill.networks.convnet import fresh
 from medistill.progress import Progress
-from medistill.registry import NETWORKS
+from medistill.registry import NETWORKS, nearest
 from medistill.seeds import derive_seed
 from medistill.training.fit import fit, predict
 
@@ -42,7 +42,7 @@ class EvaluationConfig:
         draws: Bootstrap draws.
 
     Raises:
-        ConfigError: If an arm is unknown or a number is out of range.
+        ConfigError: If an arm or the network is unknown, or a number is out of range.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
@@ -55,8 +55,13 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
+        known = f"Known: {', '.join(ARMS)}."
         if unknown:
-            raise ConfigError(f"Unknown arms {', '.join(unknown)}. Known: {', '.join(ARMS)}.")
+            raise ConfigError(f"Unknown arms {', '.join(unknown)}.{nearest(unknown[0], ARMS)} {known}")
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ConfigError(f"Expected at least one of the arms, and each once. {known}")
+        if self.network not in NETWORKS.names():
+            raise ConfigError(f"Unknown network {self.network!r}.{nearest(self.network, NETWORKS.names())}")
         if self.seeds < 1 or self.draws < 100 or self.real_epochs < 1:
             raise ConfigError("Expected seeds >= 1, real_epochs >= 1 and draws >= 100.")
 
@@ -74,8 +79,8 @@ def evaluate(
     train: ImageSet,
     validation: ImageSet,
     tests: Mapping[str, ImageSet],
-    config: EvaluationConfig,
-    seed: int,
+    config: EvaluationConfig | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> DiagnosticReport:
     """Train every arm with several seeds and test it on real patients.
@@ -95,7 +100,7 @@ def evaluate(
     Privacy:
         Reads non-released data. The numbers are measurements, not guarantees.
     """
-    progress = progress or Progress()
+    progress, config = progress or Progress(), config or EvaluationConfig()
     network: NetworkFactory = NETWORKS.load(config.network)
     jobs = [(arm, repeat) for arm in config.arms for repeat in range(config.seeds)]
     outputs: dict[tuple[str, str], list[_Output]] = {}

@@ -92,6 +92,8 @@ def public_audit(audit: AuditReport) -> dict[str, Any]:
 def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str, Any]:
     """A diagnosis as strict plain values with every number of patients and real images rounded.
 
+    The time of training is left out: it differs from run to run, and the same run gives the same bytes.
+
     Args:
         diagnosis: Arms side by side.
         released: Number of released images; arms trained on exactly so many keep their exact number.
@@ -104,6 +106,8 @@ def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str,
         {**asdict(arm), "images": arm.images if arm.images == released else rounded(arm.images)}
         for arm in diagnosis.arms
     ]
+    for arm in values["arms"]:
+        del arm["cpu_seconds"]
     plain: dict[str, Any] = _plain(values)
     return plain
 

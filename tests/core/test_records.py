@@ -146,8 +146,8 @@ def test_distilled_set_refuses_what_may_not_be_released(changes: dict[str, objec
 def test_distilled_set_has_no_default_privacy_and_no_patient_field() -> None:
     fields = DistilledSet.__dataclass_fields__
     assert not any("patient" in name for name in fields)
+    values = {name: getattr(_distilled(), name) for name in fields if name != "privacy"}
     with pytest.raises(TypeError, match="privacy"):
-        values = {name: getattr(_distilled(), name) for name in fields if name != "privacy"}
         DistilledSet(**values)
 
 
