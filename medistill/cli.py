@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from medistill import __version__
-from medistill.allocator import keep_freed_memory
+from medistill.cpu import prepare_cpu
 from medistill.errors import ConfigError, MedistillError, OutputError
 from medistill.progress import Progress, TerminalProgress
 
@@ -512,5 +512,5 @@ def main() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-    keep_freed_memory()
+    prepare_cpu()
     app()

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+_STARTING_COSTS = 2e7
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,6 +24,19 @@ Result = TypeVar("Result")
 def cpu_count() -> int:
     """Number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worth_processes(pixels: float) -> int | None:
+    """Processes for training work: all cores for a lot of it, this process alone for a little.
+
+    Args:
+        pixels: Pixels that training will pass through the network in all; starting processes costs about as much
+            as twenty million of them.
+
+    Returns:
+        The ``jobs`` argument of :func:`parallel_map`.
+    """
+    return None if pixels > _STARTING_COSTS else 1
 
 
 def parallel_map(

@@ -1,4 +1,4 @@
-"""Parallel work, seeds, the allocator and the doctor."""
+"""Parallel work, seeds, the settings of the process and the doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from medistill import allocator, doctor
+from medistill import cpu, doctor
 from medistill.parallel import cpu_count, parallel_map
 from medistill.seeds import derive_seed
 
@@ -39,8 +39,8 @@ def test_named_seeds_differ_and_repeat() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_allocator_takes_the_advice_exactly_where_it_is_glibc() -> None:
-    assert allocator.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+def test_glibc_takes_the_advice_exactly_where_it_is_there() -> None:
+    assert cpu.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_doctor_reports_a_mismatched_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ NOT_TESTED = (
 _ORDER = (Verdict.INVALID, Verdict.FAIL, Verdict.NOT_ESTIMABLE, Verdict.PASS)
 _CONTROL_CONFIDENCE = 0.99
 _FEWEST = 10
+_REAL_PER_CLASS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +259,8 @@ def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) ->
     nearest = alarm.search(distilled.images, balanced, reference)
     members, others = set(pool.candidates.patients), set(pool.holdout.patients)
     share, p_value = source_lift(set(nearest.patients), members, others)
-    real = random_images(pool.train, ipc=min(10, distilled.ipc), seed=derive_seed(seed, "real release"))
+    smallest = int(pool.train.targets.sum(0).min())
+    real = random_images(pool.train, ipc=min(_REAL_PER_CLASS, smallest), seed=derive_seed(seed, "real release"))
     guilty = alarm.search(real.images, everybody, reference)
     caught = np.mean(
         [

@@ -11,10 +11,9 @@ from sklearn.metrics import roc_auc_score
 from medistill.core.distilled import Schedule
 from medistill.core.images import ImageSet
 from medistill.core.protocols import NetworkFactory, Synthetic
-from medistill.networks.convnet import fresh
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
-from medistill.training.fit import fit, predict
+from medistill.training.students import Floats, Student, train_students
 
 #: Without validation patients to choose on, this schedule is used.
 DEFAULT_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
@@ -62,18 +61,23 @@ def choose_schedule(
     everything = tuple(candidates) + ((synthetic.schedule,) if synthetic.schedule else ())
     part = _part(validation, seed)
     jobs = [(schedule, student) for schedule in everything for student in range(students)]
-    scores: dict[Schedule, float] = dict.fromkeys(everything, 0.0)
-    for schedule, student in progress.track(jobs, "choosing the schedule"):
-        model = fresh(network, part.task, tuple(part.images.shape[1:]), derive_seed(seed, "student", student))
-        fit(
-            model,
-            synthetic.images,
-            synthetic.soft_labels,
-            kind=part.task.kind,
+    work = [
+        Student(
+            network=network,
+            task=part.task,
+            images=synthetic.images.numpy(),
+            soft_labels=synthetic.soft_labels.numpy(),
             schedule=schedule,
-            seed=derive_seed(seed, "student", student, "order"),
+            weights_seed=derive_seed(seed, "student", student),
+            order_seed=derive_seed(seed, "student", student, "order"),
+            apply_to={"validation": part.images.numpy()},
         )
-        scores[schedule] += _auroc(part, predict(model, part.images, kind=part.task.kind)) / students
+        for schedule, student in jobs
+    ]
+    scores: dict[Schedule, float] = dict.fromkeys(everything, 0.0)
+    trained = progress.track(train_students(work), "choosing the schedule", total=len(work))
+    for (schedule, _), result in zip(jobs, trained, strict=True):
+        scores[schedule] += _auroc(part, result.probabilities["validation"]) / students
     ranked = sorted(everything, key=lambda schedule: -scores[schedule])
     return tuple(ScheduleScore(schedule=schedule, auroc=scores[schedule]) for schedule in ranked)
 
@@ -84,5 +88,5 @@ def _part(validation: ImageSet, seed: int) -> ImageSet:
     return validation.select(order)
 
 
-def _auroc(part: ImageSet, probabilities: torch.Tensor) -> float:
-    return float(roc_auc_score(part.targets.numpy(), probabilities.numpy(), average="macro"))
+def _auroc(part: ImageSet, probabilities: Floats) -> float:
+    return float(roc_auc_score(part.targets.numpy(), probabilities, average="macro"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,18 +12,17 @@ from torch.nn import functional as F
 
 from medistill.core.distilled import DistilledSet, Schedule
 from medistill.core.images import ImageSet
-from medistill.core.protocols import NetworkFactory
 from medistill.core.reports import ArmResult, DiagnosticReport
 from medistill.distill.start import random_images
 from medistill.errors import ConfigError
 from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
 from medistill.evaluate.metrics import METRICS, diagnostic_metrics, operating_point
-from medistill.networks.convnet import fresh
 from medistill.progress import Progress
 from medistill.registry import NETWORKS, nearest
 from medistill.seeds import derive_seed
-from medistill.training.fit import fit, predict
+from medistill.training.students import Floats, Student, train_students
 
+_OPERATING_POINT = "(operating point)"
 ARMS = ("real", "random", "distilled", "distilled_hard")
 REAL_SCHEDULE = Schedule(epochs=8, learning_rate=1e-3, optimizer="adam", batch_size=64)
 
@@ -101,32 +99,26 @@ def evaluate(
         Reads non-released data. The numbers are measurements, not guarantees.
     """
     progress, config = progress or Progress(), config or EvaluationConfig()
-    network: NetworkFactory = NETWORKS.load(config.network)
     jobs = [(arm, repeat) for arm in config.arms for repeat in range(config.seeds)]
+    judged_on = {
+        _OPERATING_POINT: validation.images.numpy(),
+        **{name: t.images.numpy() for name, t in tests.items()},
+    }
+    students = [_student(arm, repeat, distilled, train, config, seed, judged_on) for arm, repeat in jobs]
     outputs: dict[tuple[str, str], list[_Output]] = {}
     seconds: dict[str, float] = dict.fromkeys(config.arms, 0.0)
-    sizes: dict[str, int] = {}
-    for arm, repeat in progress.track(jobs, "evaluating"):
-        chosen = _training_set(arm, distilled, train, config, derive_seed(seed, "random", repeat))
-        sizes[arm] = len(chosen.images)
-        began = time.process_time()
-        model = fresh(
-            network, train.task, tuple(train.images.shape[1:]), derive_seed(seed, "student", arm, repeat)
+    sizes = {arm: len(student.images) for (arm, _), student in zip(jobs, students, strict=True)}
+    trained = progress.track(train_students(students), "evaluating", total=len(jobs))
+    for (arm, _), result in zip(jobs, trained, strict=True):
+        seconds[arm] += result.cpu_seconds / config.seeds
+        found = {name: values.astype(np.float64) for name, values in result.probabilities.items()}
+        cut = (
+            operating_point(found[_OPERATING_POINT], validation.classes.numpy())
+            if train.task.n_classes == 2
+            else None
         )
-        fit(
-            model,
-            chosen.images,
-            chosen.soft_labels,
-            kind=train.task.kind,
-            schedule=chosen.schedule,
-            seed=derive_seed(seed, "order", arm, repeat),
-        )
-        seconds[arm] += (time.process_time() - began) / config.seeds
-        held = predict(model, validation.images, kind=train.task.kind).double().numpy()
-        cut = operating_point(held, validation.classes.numpy()) if train.task.n_classes == 2 else None
-        for name, test in tests.items():
-            output = predict(model, test.images, kind=train.task.kind).double().numpy()
-            outputs.setdefault((arm, name), []).append(_Output(probabilities=output, threshold=cut))
+        for name in tests:
+            outputs.setdefault((arm, name), []).append(_Output(probabilities=found[name], threshold=cut))
     results = [
         _arm_result(
             arm=arm,
@@ -148,6 +140,28 @@ def evaluate(
 class _Output:
     probabilities: NDArray[np.float64]
     threshold: float | None
+
+
+def _student(
+    arm: str,
+    repeat: int,
+    distilled: DistilledSet,
+    train: ImageSet,
+    config: EvaluationConfig,
+    seed: int,
+    apply_to: Mapping[str, Floats],
+) -> Student:
+    chosen = _training_set(arm, distilled, train, config, derive_seed(seed, "random", repeat))
+    return Student(
+        network=NETWORKS.load(config.network),
+        task=train.task,
+        images=chosen.images.numpy(),
+        soft_labels=chosen.soft_labels.numpy(),
+        schedule=chosen.schedule,
+        weights_seed=derive_seed(seed, "student", arm, repeat),
+        order_seed=derive_seed(seed, "order", arm, repeat),
+        apply_to=apply_to,
+    )
 
 
 def _training_set(

@@ -103,11 +103,12 @@ def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str,
     """
     values = diagnosis.to_json()
     values["arms"] = [
-        {**asdict(arm), "images": arm.images if arm.images == released else rounded(arm.images)}
+        {
+            **{name: value for name, value in asdict(arm).items() if name != "cpu_seconds"},
+            "images": arm.images if arm.images == released else rounded(arm.images),
+        }
         for arm in diagnosis.arms
     ]
-    for arm in values["arms"]:
-        del arm["cpu_seconds"]
     plain: dict[str, Any] = _plain(values)
     return plain
 

@@ -69,7 +69,7 @@ def test_batches_that_fit_the_cache() -> None:
 
 _STEP = """
 import json, resource, sys, time, torch
-from medistill.allocator import keep_freed_memory
+from medistill.cpu import keep_freed_memory
 from medistill.core.task import Task
 from medistill.networks.convnet import ConvNet, fresh
 if sys.argv[1] == "keep": assert keep_freed_memory()

@@ -14,11 +14,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from medistill.allocator import keep_freed_memory
 from medistill.config import load_config
 from medistill.core.cohort import Cohort
 from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
+from medistill.cpu import keep_freed_memory
 from medistill.distill import distill
 from medistill.distill.start import random_images
 from medistill.ingest import ingest
@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 @pytest.fixture(scope="module")
 def cohort(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     keep_freed_memory()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDISTILL_DATA", str(shared_data))
         config = load_config(REPOSITORY / "configs" / "pneumoniamnist.yaml")

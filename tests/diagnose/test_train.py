@@ -122,7 +122,7 @@ def test_an_interruption_leaves_nothing(release: Path, tmp_path: Path, monkeypat
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_file", interrupt)
+    monkeypatch.setattr(train, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_on_release(release, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

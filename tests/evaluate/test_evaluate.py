@@ -18,6 +18,7 @@ from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig, evaluate, runner
 from medistill.evaluate.metrics import METRICS
 from medistill.privacy.curator import OpenCurator
+from medistill.training import students
 from tests.conftest import blobs
 
 
@@ -155,7 +156,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[floa
     """Thresholds and trained weights of a comparison on a test set."""
     cuts: list[float] = []
     weights: list[np.ndarray] = []
-    choose, train = runner.operating_point, runner.fit
+    choose, train = runner.operating_point, students.fit
 
     def watch_cut(*args: object) -> float:
         cuts.append(choose(*args))
@@ -168,7 +169,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[floa
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "operating_point", watch_cut)
-        patch.setattr(runner, "fit", watch_fit)
+        patch.setattr(students, "fit", watch_fit)
         compared(test=test)
     return cuts, weights
 
@@ -190,13 +191,13 @@ def test_flipped_test_labels_turn_the_auroc_round(report: DiagnosticReport) -> N
 
 def test_the_distilled_arms_train_on_the_release_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor, Schedule]] = []
-    train, distilled = runner.fit, release()
+    train, distilled = students.fit, release()
 
     def watch(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, **options: object) -> nn.Module:
         seen.append((images, labels, options["schedule"]))
         return train(network, images, labels, **options)
 
-    monkeypatch.setattr(runner, "fit", watch)
+    monkeypatch.setattr(students, "fit", watch)
     compared(config=replace(QUICK, seeds=1, arms=("distilled", "distilled_hard")), distilled=distilled)
     (soft_images, soft, schedule), (hard_images, hard, _) = seen
     assert torch.equal(soft_images, distilled.images)
