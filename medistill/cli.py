@@ -223,11 +223,12 @@ def ingest(
     ] = None,
     size: Annotated[int, typer.Option(min=16, help="Stored side length in pixels.")] = 256,
     label_column: Annotated[str, typer.Option(help="Column of the CSV that holds the label.")] = "label",
+    classes: Annotated[str, typer.Option(help="Order of the classes: NEGATIVE,POSITIVE for two.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
 ) -> None:
     """Turn images into a de-identified cohort, split by patient; bad files go to quarantine with a reason.
 
-    Example: `medistill ingest dicom --labels labels.csv --out cohort`
+    Example: `medistill ingest dicom --labels labels.csv --classes normal,pneumonia --out cohort`
     """
     from medistill.ingest import IngestConfig, load_or_create_key
     from medistill.ingest import ingest as ingest_source
@@ -240,7 +241,9 @@ def ingest(
         out,
         key=load_or_create_key(key or out.with_name(f"{out.name}.key")),
         labels=labels,
-        config=IngestConfig(size=size, label_column=label_column, seed=seed),
+        config=IngestConfig(
+            size=size, label_column=label_column, classes=tuple(classes.split(",")) if classes else None, seed=seed
+        ),
         private_notes=out.with_name(f"{out.name}.quarantine.private.csv"),
         progress=_progress(),
         jobs=None,
@@ -273,7 +276,7 @@ def distill(
     from medistill.distill import distill as distil
     from medistill.distill import resolve_method
     from medistill.privacy.curator import OpenCurator
-    from medistill.workflow import save_run_distilled
+    from medistill.workflow import remember_cohort, save_run_distilled
 
     if (out / "distilled").exists():
         raise OutputError(
@@ -292,7 +295,10 @@ def distill(
         folder=out / "checkpoints",
         progress=_progress(),
     )
+    for stale in ("audit.json", "diagnosis.json"):
+        (out / stale).unlink(missing_ok=True)
     save_run_distilled(out, result.distilled, result.snapshots)
+    remember_cohort(out, real)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     typer.echo(f"{len(result.distilled)} images of {size} px in {out}")
 
@@ -334,10 +340,11 @@ def audit(
     from medistill.audit import audit as attack
     from medistill.core.reports import Verdict
     from medistill.release.tensors import load_distilled
-    from medistill.workflow import write_text
+    from medistill.workflow import require_cohort, write_text
 
     distilled = load_distilled(run / "distilled")
     real, size = _cohort(cohort), distilled.images.shape[-1]
+    require_cohort(run, real)
     report = attack(
         distilled,
         train=real.split("train").images(size),
@@ -376,10 +383,11 @@ def evaluate(
     from medistill.evaluate import EvaluationConfig
     from medistill.evaluate import evaluate as compare
     from medistill.release.tensors import load_distilled
-    from medistill.workflow import write_text
+    from medistill.workflow import require_cohort, write_text
 
     distilled = load_distilled(run / "distilled")
     real, size = _cohort(cohort), distilled.images.shape[-1]
+    require_cohort(run, real)
     report = compare(
         distilled,
         train=real.split("train").images(size),

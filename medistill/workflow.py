@@ -33,7 +33,7 @@ from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
 from medistill.core.reports import AuditReport, DiagnosticReport
 from medistill.distill import distill
-from medistill.errors import OutputError
+from medistill.errors import DataError, OutputError
 from medistill.evaluate import evaluate
 from medistill.ingest import ingest, load_cohort, load_or_create_key
 from medistill.ingest.phantom import PhantomConfig, write_phantom
@@ -48,6 +48,7 @@ from medistill.report.page import three_lines
 from medistill.seeds import derive_seed
 
 _MARK = "run.yaml"
+_TRAINED_ON = "trained_on.sha256"
 _RESULTS = {
     "phantom": "phantom",
     "ingest": "cohort",
@@ -182,6 +183,7 @@ class _Run:
         kind, path, labels = self._source()
         listing = self.digests.get("phantom") or _listing(path)
         return {
+            "key": hashlib.sha256(b"key id" + self._key()).hexdigest(),
             "kind": kind,
             "source": listing,
             "labels": _listing(labels) if labels else "",
@@ -220,9 +222,20 @@ class _Run:
             "seed": self.config.seed,
         }
 
+    def require_parts(self) -> None:
+        """Refuse, before hours are spent, a cohort that the later stages could not use."""
+        require_patients(**{s.value: self.images(s) for s in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)})
+        self.images(Split.TEST)
+        fewest, ipc = int(self.images(Split.TRAIN).targets.sum(0).min()), self.config.distill.ipc
+        if "random" in self.config.evaluate.arms and fewest < ipc:
+            raise DataError(
+                f"The smallest class has {fewest} train images; the arm of random real images needs distill.ipc = "
+                f"{ipc}. Ingest more images, lower distill.ipc, or leave 'random' out of evaluate.arms."
+            )
+
     def distill(self) -> None:
         section = self.config.distill
-        require_patients(**{s.value: self.images(s) for s in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)})
+        self.require_parts()
         done = distill(
             OpenCurator(self.images(Split.TRAIN)),
             method=section.method,
@@ -234,6 +247,7 @@ class _Run:
             progress=self.progress,
         )
         save_run_distilled(self.folder, done.distilled, done.snapshots)
+        remember_cohort(self.folder, self.cohort())
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def audit_inputs(self) -> Mapping[str, Any]:
@@ -335,6 +349,29 @@ def save_run_distilled(folder: Path, distilled: DistilledSet, snapshots: Mapping
         staged.replace(folder / "distilled")
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def remember_cohort(folder: Path, cohort: Cohort) -> None:
+    """Keep a digest of the train split beside a distilled set; like the set's audit, it stays inside."""
+    write_text(folder / _TRAINED_ON, _train_digest(cohort) + "\n")
+
+
+def require_cohort(folder: Path, cohort: Cohort) -> None:
+    """Refuse to audit or evaluate a set against another cohort: its members would be taken for strangers.
+
+    Raises:
+        DataError: If the set of the run folder was distilled from other patients.
+    """
+    path = folder / _TRAINED_ON
+    if path.exists() and path.read_text(encoding="utf-8").strip() != _train_digest(cohort):
+        raise DataError(
+            "This set was distilled from another cohort, or from another split of it. Name that cohort."
+        )
+
+
+def _train_digest(cohort: Cohort) -> str:
+    uids = sorted(instance.uid for instance in cohort.split(Split.TRAIN).instances)
+    return hashlib.sha256("\n".join(uids).encode()).hexdigest()
 
 
 def load_snapshots(folder: Path) -> Mapping[str, Tensor]:

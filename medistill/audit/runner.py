@@ -37,6 +37,7 @@ NOT_TESTED = (
 _ORDER = (Verdict.INVALID, Verdict.FAIL, Verdict.NOT_ESTIMABLE, Verdict.PASS)
 _CONTROL_CONFIDENCE = 0.99
 _FEWEST = 10
+_SMALL_FPR = 0.01
 _REAL_PER_CLASS = 10
 
 
@@ -45,7 +46,9 @@ class AuditPolicy:
     """When an audit passes.
 
     Args:
-        auroc_high: The membership AUROC's interval must end below this.
+        auroc_high: The membership AUROC's interval must end below this, and begin above one minus this.
+        tpr_high: The interval of every true-positive rate at a false-positive rate of 0.01 or less must end below
+            this, where it can be resolved.
         fprs: False-positive rates at which the true-positive rate is reported.
         alpha: A membership result with a smaller p-value counts as found.
         fewest_patients: Patients attacked in all, below which the audit cannot pass.
@@ -57,6 +60,7 @@ class AuditPolicy:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
 
     auroc_high: float = 0.60
+    tpr_high: float = 0.05
     fprs: tuple[float, ...] = (0.01, 0.1)
     alpha: float = 0.01
     fewest_patients: int = 200
@@ -66,6 +70,7 @@ class AuditPolicy:
             message
             for holds, message in (
                 (0.5 < self.auroc_high < 1, f"0.5 < auroc_high < 1, got {self.auroc_high}"),
+                (0 < self.tpr_high < 1, f"0 < tpr_high < 1, got {self.tpr_high}"),
                 (all(0 < fpr < 1 for fpr in self.fprs), "every one of fprs between 0 and 1"),
                 (0 < self.alpha < 1, f"0 < alpha < 1, got {self.alpha}"),
                 (self.fewest_patients >= 1, f"fewest_patients >= 1, got {self.fewest_patients}"),
@@ -137,7 +142,7 @@ def audit(
         members=len(pool.candidates.unique_patients),
         non_members=len(holdout.unique_patients),
         not_tested=NOT_TESTED,
-        release=distilled.recipe.fingerprint(),
+        release=distilled.fingerprint(),
     )
 
 
@@ -192,7 +197,12 @@ def _membership_scores(released: Tensor, pool: _Pool) -> tuple[Floats, Floats]:
 def _membership(released: Tensor, control: Tensor, pool: _Pool, policy: AuditPolicy, seed: int) -> AttackOutcome:
     members, others = _membership_scores(released, pool)
     area = statistics.auroc(members, others)
-    p_value = statistics.randomisation_p_value(members, others, seed=derive_seed(seed, "coins"))
+    rates = {fpr: statistics.tpr_at_fpr(members, others, fpr=fpr) for fpr in policy.fprs}
+    resolved = [fpr for fpr, rate in rates.items() if rate is not None]
+    tests = 1 + len(resolved)
+    single = [statistics.randomisation_p_value(members, others, seed=derive_seed(seed, "coins"))]
+    single += [statistics.top_p_value(members, others, share=fpr) for fpr in resolved]
+    p_value = min(1.0, tests * min(single))
     guilty = statistics.auroc(*_membership_scores(pool.candidates.images, pool))
     innocent = statistics.auroc(*_membership_scores(control, pool), confidence=_CONTROL_CONFIDENCE)
     controls = (
@@ -209,35 +219,39 @@ def _membership(released: Tensor, control: Tensor, pool: _Pool, policy: AuditPol
             passed=innocent.low <= 0.5 <= innocent.high,
         ),
     )
-    detectable = statistics.minimum_detectable_auroc(len(members), len(others))
-    verdict = _membership_verdict(area, p_value, len(members) + len(others), controls, policy)
+    detectable = statistics.minimum_detectable_auroc(len(members), len(others), alpha=policy.alpha / tests)
+    exposed = [rate.high for fpr, rate in rates.items() if rate is not None and fpr <= _SMALL_FPR]
+    within = max(area.high, 1 - area.low) <= policy.auroc_high and max(exposed, default=0.0) <= policy.tpr_high
+    verdict = _membership_verdict(within, p_value, len(members) + len(others), controls, policy)
     return AttackOutcome(
         attack="calibrated_neighbour",
         question="Was this patient among those the release was distilled from?",
         auroc=area,
-        tpr_at_fpr={f"{fpr:g}": statistics.tpr_at_fpr(members, others, fpr=fpr) for fpr in policy.fprs},
+        tpr_at_fpr={f"{fpr:g}": rate for fpr, rate in rates.items()},
         p_value=p_value,
         minimum_detectable_auroc=detectable,
         findings={},
         controls=controls,
         verdict=verdict,
-        summary=_membership_summary(verdict, area, detectable, p_value),
+        summary=_membership_summary(verdict, area, detectable, p_value, found=p_value < policy.alpha),
     )
 
 
 def _membership_verdict(
-    area: Estimate, p_value: float, patients: int, controls: tuple[ControlOutcome, ...], policy: AuditPolicy
+    within: bool, p_value: float, patients: int, controls: tuple[ControlOutcome, ...], policy: AuditPolicy
 ) -> Verdict:
     if not all(control.passed for control in controls):
         return Verdict.INVALID
-    if area.high > policy.auroc_high and p_value < policy.alpha:
+    if not within and p_value < policy.alpha:
         return Verdict.FAIL
-    if area.high > policy.auroc_high or patients < policy.fewest_patients:
+    if not within or patients < policy.fewest_patients:
         return Verdict.NOT_ESTIMABLE
     return Verdict.PASS
 
 
-def _membership_summary(verdict: Verdict, area: Estimate, detectable: float, p_value: float) -> str:
+def _membership_summary(
+    verdict: Verdict, area: Estimate, detectable: float, p_value: float, *, found: bool
+) -> str:
     if verdict is Verdict.INVALID:
         return "A control failed, so this result says nothing about the release."
     if verdict is Verdict.FAIL:
@@ -247,6 +261,9 @@ def _membership_summary(verdict: Verdict, area: Estimate, detectable: float, p_v
             f"No leak was shown (AUROC {area}), but with so few patients only an AUROC above {detectable:.2f} "
             "would have been seen."
         )
+    if found:
+        limits = f"p = {p_value:.2g} for no leak at all"
+        return f"A small leak was measured, within the limits of the policy: AUROC {area}; {limits}."
     power = f"an AUROC above {detectable:.2f} would have been seen"
     return f"No relevant leak found at this power: AUROC {area}; {power}."
 
@@ -295,8 +312,8 @@ def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) ->
         findings={
             "copies": float(copies),
             "released_images": float(len(distilled)),
-            "largest_correlation_with_a_training_patient": float(found.correlation.max()),
-            "largest_gap": float(found.gap.max()),
+            "largest_correlation_with_a_patient": round(float(found.correlation.max()), 2),
+            "largest_gap": round(float(found.gap.max()), 2),
             "gap_limit": found.gap_limit,
             "members_among_nearest_patients": share,
         },

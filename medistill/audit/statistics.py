@@ -102,25 +102,44 @@ def tpr_at_fpr(members: Floats, non_members: Floats, *, fpr: float) -> Estimate 
 
 
 def randomisation_p_value(members: Floats, non_members: Floats, *, draws: int = 10_000, seed: int = 0) -> float:
-    """Probability of an AUROC at least as large when membership is drawn anew.
+    """Probability of an AUROC at least as far from 0.5 when membership is drawn anew.
 
-    Redraws which patients count as members, keeping how many there are; one-sided, never zero
-    (Phipson & Smyth 2010).
+    Redraws which patients count as members, keeping how many there are; two-sided, since an attacker who is
+    always wrong turns the score round; never zero (Phipson & Smyth 2010).
     """
     _check(members, non_members)
     ranks = stats.rankdata(np.r_[members, non_members])
-    observed = ranks[: len(members)].sum()
+    expected = ranks.mean() * len(members)
+    observed = abs(ranks[: len(members)].sum() - expected)
     generator = np.random.default_rng(seed)
     hits = 0
     for _ in range(draws):
-        hits += generator.permutation(ranks)[: len(members)].sum() >= observed - 1e-9
+        drawn = generator.permutation(ranks)[: len(members)].sum()
+        hits += abs(drawn - expected) >= observed - 1e-9
     return (1 + hits) / (1 + draws)
 
 
-def minimum_detectable_auroc(members: int, non_members: int, *, power: float = 0.8) -> float:
-    """Smallest AUROC told from 0.5 at the 5 % level (two-sided) with a given power.
+def top_p_value(members: Floats, non_members: Floats, *, share: float) -> float:
+    """Probability of as many members among the highest scores when membership is drawn anew.
+
+    Finds a leak that exposes a few patients only, which the AUROC averages away. Exact (hypergeometric).
+
+    Args:
+        members: Scores of member patients, shape ``(m,)``.
+        non_members: Scores of patients never seen, shape ``(n,)``.
+        share: Share of all scores that counts as highest.
+    """
+    _check(members, non_members)
+    total = len(members) + len(non_members)
+    highest = max(1, round(share * total))
+    order = np.argsort(-np.r_[members, non_members], kind="stable")[:highest]
+    return float(stats.hypergeom.sf(int((order < len(members)).sum()) - 1, total, len(members), highest))
+
+
+def minimum_detectable_auroc(members: int, non_members: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest AUROC told from 0.5 at the level ``alpha`` (two-sided) with a given power.
 
     Normal approximation of the Mann-Whitney statistic under the null.
     """
     deviation = np.sqrt((members + non_members + 1) / (12 * members * non_members))
-    return float(min(1.0, 0.5 + (stats.norm.ppf(0.975) + stats.norm.ppf(power)) * deviation))
+    return float(min(1.0, 0.5 + (stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * deviation))

@@ -154,3 +154,10 @@ class DistilledSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the recipe, the images and the labels, hexadecimal; binds reports to this very set."""
+        digest = hashlib.sha256(self.recipe.fingerprint().encode())
+        for tensor in (self.images, self.soft_labels, self.hard_labels):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()

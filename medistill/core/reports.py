@@ -122,7 +122,7 @@ class AuditReport:
         members: Number of member patients attacked.
         non_members: Number of holdout patients attacked.
         not_tested: Threats that were not examined.
-        release: Fingerprint of the recipe that was audited.
+        release: Fingerprint of the distilled set that was audited.
     """
 
     outcomes: tuple[AttackOutcome, ...]
@@ -179,10 +179,17 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosticReport:
-    """Arms side by side on every evaluation split."""
+    """Arms side by side on every evaluation split.
+
+    Args:
+        arms: One entry per arm and split.
+        class_names: Classes; for two, ``(negative, positive)``.
+        release: Fingerprint of the distilled set that was evaluated.
+    """
 
     arms: tuple[ArmResult, ...]
     class_names: tuple[str, ...]
+    release: str
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""
@@ -195,4 +202,4 @@ class DiagnosticReport:
             ArmResult(**{**arm, "metrics": {k: Estimate.from_json(v) for k, v in arm["metrics"].items()}})
             for arm in values["arms"]
         )
-        return cls(arms=arms, class_names=tuple(values["class_names"]))
+        return cls(arms=arms, class_names=tuple(values["class_names"]), release=str(values["release"]))

@@ -83,9 +83,13 @@ def choose_schedule(
 
 
 def _part(validation: ImageSet, seed: int) -> ImageSet:
+    """A few hundred images, as many of every class as there are up to an equal share; none is left without one."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "validation part"))
-    order = torch.randperm(len(validation), generator=generator)[:_MOST_IMAGES]
-    return validation.select(order)
+    order = torch.randperm(len(validation), generator=generator)
+    classes = validation.classes[order]
+    most = _MOST_IMAGES // validation.task.n_classes
+    chosen = torch.cat([order[classes == label][:most] for label in range(validation.task.n_classes)])
+    return validation.select(chosen)
 
 
 def _auroc(part: ImageSet, probabilities: Floats) -> float:

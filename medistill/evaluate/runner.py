@@ -83,6 +83,9 @@ def evaluate(
 ) -> DiagnosticReport:
     """Train every arm with several seeds and test it on real patients.
 
+    The ``random`` and ``distilled_hard`` arms are trained by the schedule that the release carries, which was chosen
+    for the distilled set.
+
     Args:
         distilled: The release.
         train: Real images of training patients, for the ``real`` and ``random`` arms.
@@ -133,7 +136,9 @@ def evaluate(
         for arm in config.arms
         for name in tests
     ]
-    return DiagnosticReport(arms=tuple(results), class_names=train.task.class_names)
+    return DiagnosticReport(
+        arms=tuple(results), class_names=train.task.class_names, release=distilled.fingerprint()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

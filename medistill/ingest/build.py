@@ -138,7 +138,7 @@ def ingest(
     reader = _reader(source, config, pseudonymiser)
     with open_writer(Path(out), config.size) as writer:
         candidates, rejected = _read_all(source, reader, table, config, writer, progress, jobs)
-        candidates = _without_conflicts(candidates, rejected)
+        candidates = _without_conflicts(_one_name_each(candidates), rejected)
         _write_notes(private_notes, source, rejected)
         _check_usable(candidates, rejected, len(source))
         warning = table.close() if table else ""
@@ -229,6 +229,33 @@ def _join(reading: Reading, table: LabelTable | None, config: IngestConfig) -> _
     given_test = reading.given_test or bool(entry and entry.given_test)
     joined = replace(reading, patient=patient, flags=flags, given_test=given_test)
     return _Labelled(reading=joined, label=label, spooled=-1)
+
+
+def _one_name_each(candidates: Sequence[_Labelled]) -> list[_Labelled]:
+    """Give a patient one pseudonym where files name the issuer, or the patient, only sometimes.
+
+    A number without an issuer is taken for the same number with one; an image without a patient for the only
+    patient of its study. Taking two people for one costs a rejection or a little data; the reverse would put one
+    patient into two splits.
+    """
+    names = {item.reading.patient for item in candidates}
+    of_study: dict[str, set[str]] = defaultdict(set)
+    renamed = []
+    for item in candidates:
+        reading = item.reading
+        name = reading.bare_patient if reading.bare_patient in names else reading.patient
+        renamed.append(replace(item, reading=replace(reading, patient=name)))
+        if "no_patient_id" not in reading.flags:
+            of_study[reading.study].add(name)
+    return [_named_by_study(item, of_study) for item in renamed]
+
+
+def _named_by_study(item: _Labelled, of_study: Mapping[str, set[str]]) -> _Labelled:
+    reading = item.reading
+    known = of_study.get(reading.study, set()) if reading.study else set()
+    if "no_patient_id" not in reading.flags or len(known) != 1:
+        return item
+    return replace(item, reading=replace(reading, patient=next(iter(known))))
 
 
 def _without_conflicts(candidates: list[_Labelled], rejected: list[Rejected]) -> list[_Labelled]:
@@ -322,6 +349,11 @@ def _summarise(cohort: Cohort, rejected: Sequence[Rejected], warning: str, progr
     if warning:
         progress.say(f"Warning: {warning}.")
     progress.say(f"{len(cohort)} images of {len(cohort.patients)} patients, {len(rejected)} files in quarantine.")
+    if cohort.task.n_classes == 2 and not cohort.profile["config"]["classes"]:
+        progress.say(
+            f"Positive class: {cohort.task.class_names[1]!r}, the second in alphabetical order. "
+            "If that is wrong, give the classes as NEGATIVE,POSITIVE."
+        )
     for code, count in count_codes(rejected).items():
         progress.say(f"  {count:6d} {code:18s} {REASON_CODES[code]}")
 

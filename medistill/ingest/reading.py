@@ -93,6 +93,7 @@ class Reading:
         ordinal: Position in the scan.
         uid: Replacement UID.
         patient: Pseudonym, or empty where the source names no patient.
+        bare_patient: Pseudonym of the same number without an issuer.
         own_patient: Pseudonym that only this image has, for sources without patients.
         keys: Keyed tokens that rows of a label table may match, most specific first.
         label: Class given by the source, or empty.
@@ -111,6 +112,7 @@ class Reading:
     ordinal: int
     uid: str
     patient: str
+    bare_patient: str
     own_patient: str
     keys: tuple[str, ...] = field(repr=False)
     label: str = field(default="", repr=False)
@@ -176,6 +178,7 @@ class Reader:
             uid=secret.uid(own_name),
             own_patient=secret.token("own patient", own_name),
             patient=secret.patient(header.issuer, patient_id) if patient_id.strip() else "",
+            bare_patient=secret.patient("", patient_id) if patient_id.strip() else "",
             keys=tuple(secret.token("key", key) for key in item_keys(self.keys, item, header)),
             label=item.label,
             given_test=item.split == "test",

@@ -151,10 +151,11 @@ def _check_complete(members: Sequence[Member], places: Sequence[Split | None], s
         if not member.given_test:
             patients[member.label].add(member.patient)
     needed = {*shares, *(split for splits in present.values() for split in splits)}
+    least = len(shares)
     problems = [
-        f"class {label!r}: found {len(patients[label])} to draw from, needed at least {len(shares)}; "
+        f"class {number} of {len(present)}: found {len(patients[label])} to draw from, needed at least {least}; "
         f"none in {', '.join(sorted(needed - splits))}"
-        for label, splits in sorted(present.items())
+        for number, (label, splits) in enumerate(sorted(present.items()), start=1)
         if needed - splits
     ]
     if problems:

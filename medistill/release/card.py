@@ -52,8 +52,8 @@ def build_card(
     """The card as strict plain values.
 
     Privacy:
-        Reads counts and measurements made on real patients. Every count is rounded down to tens; no pseudonym,
-        path or figure of a single patient enters.
+        Reads counts and measurements made on real patients. Every count is rounded down to tens; no pseudonym
+        or path enters, and what the copy alarm measured on the closest patient has two decimals.
     """
     what, guaranteed, measured = three_lines(distilled, audit, diagnosis)
     return {

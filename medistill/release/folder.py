@@ -75,8 +75,11 @@ def write_release(
     """
     out = Path(out).absolute()
     _require_free(out)
-    if audit is not None and audit.release != distilled.recipe.fingerprint():
-        raise DataError("Expected the audit of this recipe, got that of another. Audit this set, then release it.")
+    for what, report in (("audit", audit), ("evaluation", diagnosis)):
+        if report is not None and report.release != distilled.fingerprint():
+            raise DataError(
+                f"Expected the {what} of this distilled set, got that of another. Run it on this set first."
+            )
     files = _contents(
         distilled=distilled,
         audit=audit,

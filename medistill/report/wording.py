@@ -19,7 +19,7 @@ NOT_AUDITED = "NOT AUDITED"
 WEAK_GUESS = 0.96  #: a guarantee is called weak when a guess can be right more often (epsilon above 3.1)
 
 VERDICTS = {
-    Verdict.PASS: "no leak found at this power",
+    Verdict.PASS: "no leak beyond the policy's limits found at this power",
     Verdict.FAIL: "a leak was found",
     Verdict.INVALID: "the audit does not count: a control is missing or failed",
     Verdict.NOT_ESTIMABLE: "too few patients to conclude anything",

@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_audit(from_noise: DistilledSet, of_noise: 
 
 
 def test_the_report_names_the_recipe_it_is_about(from_noise: DistilledSet, of_noise: AuditReport) -> None:
-    assert of_noise.release == from_noise.recipe.fingerprint()
+    assert of_noise.release == from_noise.fingerprint()
 
 
 def test_no_pseudonym_is_in_a_report(many_real: AuditReport) -> None:
@@ -287,3 +287,41 @@ def test_copy_alarm_works_on_images_reduced_in_size() -> None:
     found = CopyAlarm(side=24).search(wide.images[:6], wide, reference)
     assert found.copies.all()
     assert found.patients == wide.patients[:6]
+
+
+# -- what the verdict on membership rests on --------------------------------------------------------------------
+
+
+def _membership_of(
+    monkeypatch: pytest.MonkeyPatch, release: DistilledSet, members: np.ndarray, others: np.ndarray
+) -> AttackOutcome:
+    """The membership outcome when the attack on the release gives these scores."""
+    real, answers = runner._membership_scores, iter([(members, others)])
+    monkeypatch.setattr(runner, "_membership_scores", lambda *given: next(answers, None) or real(*given))
+    return outcome(examined(release), "calibrated_neighbour")
+
+
+@pytest.mark.parametrize(
+    ("shift", "exposed", "verdict", "words"),
+    [
+        (0.0, 0, Verdict.PASS, "No relevant leak"),
+        (0.25, 0, Verdict.PASS, "A small leak was measured"),
+        (-1.1, 0, Verdict.FAIL, "told from other patients"),
+        (1.1, 0, Verdict.FAIL, "told from other patients"),
+        (0.0, 60, Verdict.FAIL, "told from other patients"),
+    ],
+)
+def test_a_leak_is_never_called_none(
+    monkeypatch: pytest.MonkeyPatch,
+    from_noise: DistilledSet,
+    shift: float,
+    exposed: int,
+    verdict: Verdict,
+    words: str,
+) -> None:
+    generator = np.random.default_rng(1)
+    members, others = generator.normal(shift, 1, 1500), generator.normal(0, 1, 1500)
+    members[:exposed] += 20
+    found = _membership_of(monkeypatch, from_noise, members, others)
+    assert found.verdict is verdict
+    assert words in found.summary

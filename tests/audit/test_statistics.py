@@ -87,3 +87,20 @@ def test_minimum_detectable_auroc_is_detected_as_often_as_it_says() -> None:
 def test_bad_scores_are_refused(scores: np.ndarray) -> None:
     with pytest.raises(DataError):
         statistics.auroc(scores, np.ones(3))
+
+
+def test_a_reversed_score_is_as_significant_as_a_right_one() -> None:
+    low, high = np.arange(30.0), np.arange(30.0) + 100
+    assert statistics.randomisation_p_value(low, high) == statistics.randomisation_p_value(high, low) < 1e-3
+
+
+def test_a_few_exposed_patients_show_among_the_highest_scores() -> None:
+    generator = np.random.default_rng(6)
+    members, others = generator.normal(size=1000), generator.normal(size=1000)
+    members[:40] += 20
+    assert statistics.top_p_value(members, others, share=0.01) < 1e-4
+    shares = [
+        statistics.top_p_value(generator.normal(size=200), generator.normal(size=200), share=0.1)
+        for _ in range(400)
+    ]
+    assert sum(p <= 0.05 for p in shares) <= stats.binom.ppf(0.999, 400, 0.05)

@@ -177,3 +177,16 @@ def test_a_bad_label_name_is_one_line(tmp_path: Path) -> None:
     result = invoke("wrap", tmp_path, "--label-name", "0", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr == "error: Expected --label-name VALUE=NAME, got '0'.\n"
+
+
+def test_another_cohort_is_refused(ran: dict[str, Result], place: Path) -> None:
+    assert ran["evaluate"].exit_code == 0
+    phantom = place / "phantom"
+    again = invoke(
+        "ingest", phantom / "dicom", "--labels", phantom / "labels.csv", "--out", place / "other", "--size", 16
+    )
+    assert again.exit_code == 0
+    for verb in ("audit", "evaluate"):
+        result = invoke(verb, place / "run", "--cohort", place / "other")
+        assert result.exit_code == 1
+        assert "another cohort" in result.stderr

@@ -91,7 +91,7 @@ def test_given_test_stays_and_its_patients_leave_the_rest() -> None:
 def test_too_few_patients_are_explained() -> None:
     with pytest.raises(SourceError) as caught:
         assign(crowd(5))
-    assert "class 'c1': found 2 to draw from, needed at least 4" in str(caught.value)
+    assert "class 2 of 2: found 2 to draw from, needed at least 4" in str(caught.value)
 
 
 def test_patient_with_two_classes_counts_for_both() -> None:

@@ -134,7 +134,7 @@ def audit_report(distilled: DistilledSet, verdict: Verdict = Verdict.PASS) -> Au
         members=217,
         non_members=213,
         not_tested=("attribute inference (sex, age band, site)", "reconstruction by inversion"),
-        release=distilled.recipe.fingerprint(),
+        release=distilled.fingerprint(),
     )
 
 
@@ -171,6 +171,7 @@ def diagnostic_report(distilled: DistilledSet) -> DiagnosticReport:
             arm("distilled", m, 0.871, split="other_site"),
         ),
         class_names=distilled.task.class_names,
+        release=distilled.fingerprint(),
     )
 
 

@@ -247,7 +247,7 @@ def test_three_lines_say_what_it_is_what_is_guaranteed_and_what_was_measured():
     assert "epsilon 3" in guaranteed
     assert "AUROC" not in guaranteed
     assert measured == (
-        "Audit PASS: no leak found at this power "
+        "Audit PASS: no leak beyond the policy's limits found at this power "
         "(3 attacks on at least 210 members and at least 210 other patients, able to see "
         "an AUROC of 0.58 or more); a model trained on it reaches AUROC 0.912 [0.882, 0.942] on test patients, "
         "against 0.951 [0.921, 0.981] with all real images."

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from medistill.errors import RejectedFile, SourceError
 from medistill.ingest.decode import luminance
 from medistill.ingest.intensity import PERCENTILES, Policy, stretch
+from medistill.ingest.labels import SPLIT_VALUES
 from medistill.ingest.reading import Decoded, Item
 
 _SPLITS = ("train", "val", "test")
@@ -121,10 +122,21 @@ def _read_blocks(archive: Any) -> Iterator[_Block]:
         yield _Block(
             images=images,
             labels=_labels(archive, ("label", "labels"), len(images)),
-            splits=_labels(archive, ("split",), len(images)),
+            splits=_known(_labels(archive, ("split",), len(images))),
             patients=_labels(archive, ("patient_id", "patient"), len(images)),
             prefix="",
         )
+
+
+def _known(splits: tuple[str, ...]) -> tuple[str, ...]:
+    """Split names in their usual spelling; a name nobody knows could hide a given test split."""
+    usual = tuple(split.strip().casefold() for split in splits)
+    unknown = sum(split not in SPLIT_VALUES for split in usual)
+    if unknown:
+        raise SourceError(
+            f"The array split holds {unknown} values other than train, validation, val, holdout and test."
+        )
+    return usual
 
 
 def _images(array: NDArray[Any]) -> NDArray[Any]:
