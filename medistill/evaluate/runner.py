@@ -83,8 +83,8 @@ def evaluate(
 ) -> DiagnosticReport:
     """Train every arm with several seeds and test it on real patients.
 
-    The ``random`` and ``distilled_hard`` arms are trained by the schedule that the release carries, which was chosen
-    for the distilled set.
+    The ``random`` and ``distilled_hard`` arms are trained by the schedule that the release carries, which was
+    chosen for the distilled set.
 
     Args:
         distilled: The release.
