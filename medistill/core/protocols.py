@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from medistill.core.distilled import DistilledSet, Schedule
+from medistill.core.distilled import Schedule
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.images import ImageSet
 from medistill.core.task import Task
@@ -89,10 +89,3 @@ class Distiller(Protocol):
             progress: Shows how far it is.
             checkpoint: Where its state is kept; a second call after an interruption goes on from there.
         """
-
-
-class Attack(Protocol):
-    """Scores candidates; never sees who is a member."""
-
-    def score(self, release: DistilledSet, candidates: ImageSet, reference: ImageSet) -> Mapping[str, Any]:
-        """Scores from the release, the candidates' images and a public or disjoint reference."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Generator, Tensor
+from torch import Tensor
 
 from medistill.errors import OutputError
 
@@ -59,11 +59,6 @@ class NoCheckpoint:
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Forget the state."""
-
-
-def generator_state(generator: Generator) -> Tensor:
-    """State of a random generator as a tensor that a checkpoint can hold."""
-    return generator.get_state()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
@@ -74,7 +74,7 @@ class SoftLabel:
     clip: float = 1.0
     init: str = "noise"
     width: int = 32
-    checkpoint_every: int = field(default=25, metadata={"public": True})
+    checkpoint_every: int = 25
 
     def __post_init__(self) -> None:
         check_init(self.init)
