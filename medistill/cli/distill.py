@@ -1,0 +1,194 @@
+"""From a cohort to a sealed release: distill, audit, evaluate, release."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medistill.cli.app import app, guarded, open_cohort, progress
+from medistill.errors import ConfigError, OutputError
+
+
+@app.command()
+@guarded
+def distill(
+    cohort: Annotated[Path, typer.Argument(help="Cohort folder made by ingest.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    method: Annotated[str, typer.Option(help="auto, a distiller, or several joined by +.")] = "auto",
+    ipc: Annotated[int, typer.Option(min=1, help="Images per class.")] = 10,
+    size: Annotated[int, typer.Option(min=16, help="Side length in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="DISTILLER.NAME=VALUE", help="Change a setting; repeatable."),
+    ] = None,
+) -> None:
+    """Distil the train patients of a cohort into a few synthetic images with soft labels.
+
+    Interrupted, the same command goes on from its checkpoint.
+
+    Example: `medistill distill cohort --method auto --ipc 10 --out run`
+    """
+    from medistill.config import check_settings
+    from medistill.distill import distill as distil
+    from medistill.distill import resolve_method
+    from medistill.privacy.curator import OpenCurator
+    from medistill.workflow import remember_cohort, save_run_distilled
+
+    if (out / "distilled").exists():
+        raise OutputError(
+            "The run folder holds a distilled set already. Choose a new one, so that its audit stays with it."
+        )
+    real = open_cohort(cohort)
+    chosen = resolve_method(method, real.task, ipc)
+    typer.echo(f"{' + '.join(chosen.distillers)}: {chosen.why}", err=True)
+    result = distil(
+        OpenCurator(real.split("train").images(size)),
+        method=method,
+        ipc=ipc,
+        seed=seed,
+        settings=check_settings(method, _settings(settings or [])),
+        validation=real.split("validation").images(size),
+        folder=out / "checkpoints",
+        progress=progress(),
+    )
+    for stale in ("audit.json", "diagnosis.json"):
+        (out / stale).unlink(missing_ok=True)
+    save_run_distilled(out, result.distilled, result.snapshots)
+    remember_cohort(out, real)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    typer.echo(f"{len(result.distilled)} images of {size} px in {out}")
+
+
+def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
+    from medistill.config import parse_value
+
+    settings: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        path, separator, text = entry.partition("=")
+        distiller, dot, name = path.partition(".")
+        if not (separator and dot):
+            raise ConfigError(f"Expected --set DISTILLER.NAME=VALUE, got {entry!r}.")
+        settings.setdefault(distiller, {})[name] = parse_value(text, option=f"--set {path}")
+    return settings
+
+
+@app.command()
+@guarded
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
+    cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Attack a distilled set, with a positive and a negative control beside every attack.
+
+    Only the verdict PASS exits 0; every other verdict exits 3.
+
+    Example: `medistill audit run --cohort cohort`
+    """
+    import json
+
+    from medistill.audit import audit as attack
+    from medistill.core.reports import Verdict
+    from medistill.release.tensors import load_distilled
+    from medistill.workflow import require_cohort, write_text
+
+    distilled = load_distilled(run / "distilled")
+    real, size = open_cohort(cohort), distilled.images.shape[-1]
+    require_cohort(run, real)
+    report = attack(
+        distilled,
+        train=real.split("train").images(size),
+        holdout=real.split("holdout").images(size),
+        reference=real.split("validation").images(size),
+        seed=seed,
+        folder=run / "checkpoints",
+        progress=progress(),
+    )
+    write_text(run / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for outcome in report.outcomes:
+        typer.echo(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
+        for control in outcome.controls:
+            typer.echo(f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}")
+    typer.echo(f"Verdict: {report.verdict.value}")
+    if report.verdict is not Verdict.PASS:
+        raise typer.Exit(3)
+
+
+@app.command()
+@guarded
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
+    cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Networks per arm.")] = 3,
+    network: Annotated[str, typer.Option(help="See `medistill list networks`.")] = "convnet",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Compare training on the distilled set with training on real images, on patients held out.
+
+    Example: `medistill evaluate run --cohort cohort --seeds 3`
+    """
+    import json
+
+    from medistill.evaluate import EvaluationConfig
+    from medistill.evaluate import evaluate as compare
+    from medistill.release.tensors import load_distilled
+    from medistill.workflow import require_cohort, write_text
+
+    distilled = load_distilled(run / "distilled")
+    real, size = open_cohort(cohort), distilled.images.shape[-1]
+    require_cohort(run, real)
+    report = compare(
+        distilled,
+        train=real.split("train").images(size),
+        validation=real.split("validation").images(size),
+        tests={name: real.split(name).images(size) for name in ("test", "holdout")},
+        config=EvaluationConfig(seeds=seeds, network=network),
+        seed=seed,
+        progress=progress(),
+    )
+    write_text(run / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")
+    for arm in report.arms:
+        typer.echo(f"{arm.split:<8} {arm.arm:<15} {arm.images:>6} images  AUROC {arm.metrics['auroc']}")
+
+
+@app.command()
+@guarded
+def release(
+    run: Annotated[Path, typer.Argument(help="Run folder with distilled/, audit.json and diagnosis.json.")],
+    out: Annotated[Path, typer.Option(help="New release folder.")],
+    cohort: Annotated[Path | None, typer.Option(help="Cohort, for the data-flow part of the report.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the release, for example CC-BY-4.0.")] = "",
+    force_with_reason: Annotated[
+        str | None, typer.Option(help="Release although the gate was not passed; the reason is printed on it.")
+    ] = None,
+) -> None:
+    """Seal a release folder, if the audit passed.
+
+    Example: `medistill release run --cohort cohort --out release`
+    """
+    from medistill.core.reports import Verdict
+    from medistill.release.folder import write_release
+    from medistill.release.gate import check_gate
+    from medistill.release.tensors import load_distilled
+    from medistill.workflow import cohort_summary, load_audit, load_diagnosis, load_snapshots
+
+    distilled = load_distilled(run / "distilled")
+    report = load_audit(run)
+    check_gate(report, accept=frozenset({Verdict.PASS}), forced_reason=force_with_reason)
+    write_release(
+        out,
+        distilled=distilled,
+        audit=report,
+        diagnosis=load_diagnosis(run),
+        cohort=cohort_summary(open_cohort(cohort)) if cohort else None,
+        snapshots=load_snapshots(run),
+        commands=("medistill ingest …", "medistill distill …", "medistill audit …", "medistill evaluate …"),
+        forced_reason=force_with_reason,
+        licence=licence or None,
+    )
+    typer.echo(f"Sealed {out}; report: {out / 'report.html'}")
