@@ -17,7 +17,7 @@ from medistill.registry import SOURCES
 
 
 def grey(payload: Path | bytes) -> np.ndarray:
-    return decode_image(payload, Policy.NONE).grey
+    return next(decode_image(payload, Policy.NONE)).grey()
 
 
 def names(source: Source) -> list[str]:
@@ -80,7 +80,7 @@ def test_damaged_images_are_rejected(tmp_path: Path) -> None:
     for content in (b"", b"text", path.read_bytes()[:900]):
         path.write_bytes(content)
         with pytest.raises(RejectedFile) as caught:
-            decode_image(path, Policy.NONE)
+            next(decode_image(path, Policy.NONE))
         assert caught.value.code == "IMAGE_FORMAT"
 
 
@@ -98,7 +98,8 @@ def test_archive_equals_folder(tmp_path: Path) -> None:
     for one, two in zip(folder.items(), packed.items(), strict=True):
         assert one.label == two.label
         np.testing.assert_array_equal(
-            folder.decode(one.payload, Policy.NONE).grey, packed.decode(two.payload, Policy.NONE).grey
+            next(folder.decode(one.payload, Policy.NONE)).grey(),
+            next(packed.decode(two.payload, Policy.NONE)).grey(),
         )
 
 
@@ -125,4 +126,4 @@ def test_floats_out_of_range_are_rejected(tmp_path: Path) -> None:
     source = NpzSource(tmp_path / "a.npz")
     image = np.asarray(next(source.items()).payload)
     with pytest.raises(RejectedFile):
-        source.decode(image, Policy.NONE)
+        next(source.decode(image, Policy.NONE))

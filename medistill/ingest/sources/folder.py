@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from medistill.errors import SourceError
-from medistill.ingest.decode import is_colour, read_dataset, read_pixels
-from medistill.ingest.headers import read_header, read_presentation
-from medistill.ingest.intensity import PERCENTILES, Policy, normalise, stretch
-from medistill.ingest.reading import Decoded, Item
+from medistill.ingest.frames import Decoded, decode_dicom
+from medistill.ingest.intensity import Policy
+from medistill.ingest.reading import Item
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,27 @@ class FolderSource:
         return False
 
     @cached_property
-    def _files(self) -> tuple[Path, ...]:
+    def _files(self) -> tuple[str, ...]:
         return scan(Path(self.path))
 
     def __len__(self) -> int:
         """Number of files."""
         return len(self._files)
 
-    def items(self) -> Iterator[Item]:
+    def items(self, known: Container[str] = ()) -> Iterator[Item]:
         """One item per file."""
-        for ordinal, file in enumerate(self._files):
-            yield Item(ordinal=ordinal, name=file.relative_to(self.path).as_posix(), payload=file)
+        root = Path(self.path)
+        for ordinal, name in enumerate(self._files):
+            yield Item(ordinal=ordinal, name=name, payload=root / name)
 
     @property
-    def decode(self) -> Callable[[Path, Policy], Decoded]:
+    def decode(self) -> Callable[[Path, Policy], Iterator[Decoded]]:
         """Reads one DICOM file."""
         return decode_dicom
 
 
-def scan(folder: Path) -> tuple[Path, ...]:
-    """Files below a folder, sorted.
+def scan(folder: Path) -> tuple[str, ...]:
+    """Files below a folder as paths relative to it, with forward slashes, sorted part by part.
 
     Raises:
         SourceError: If the folder does not exist or holds no file.
@@ -69,14 +67,14 @@ def scan(folder: Path) -> tuple[Path, ...]:
         raise SourceError("The source folder does not exist, or is not a folder. Check the path.")
     root = folder.resolve()
     found = [
-        Path(where) / name
+        name if where == str(folder) else f"{Path(where).relative_to(folder).as_posix()}/{name}"
         for where, _, names in os.walk(folder, followlinks=False)
         for name in names
         if _inside(Path(where) / name, root)
     ]
     if not found:
         raise SourceError("The source folder holds no file. Check the path.")
-    return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda name: name.split("/")))
 
 
 def _inside(path: Path, root: Path) -> bool:
@@ -85,23 +83,3 @@ def _inside(path: Path, root: Path) -> bool:
         return path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(root))
     except (OSError, RuntimeError):
         return False
-
-
-def decode_dicom(path: Path, policy: Policy) -> Decoded:
-    """Read one DICOM file.
-
-    Raises:
-        RejectedFile: If the file is not a readable grey or colour image of one frame.
-    """
-    dataset = read_dataset(path)
-    stored = read_pixels(dataset)
-    header = read_header(dataset)
-    if is_colour(dataset):
-        grey = stored.astype(np.float32, copy=False)
-        if policy is Policy.PERCENTILE:
-            low, high = np.percentile(grey, PERCENTILES)
-            grey = stretch(grey, float(low), float(high))
-        return Decoded(grey=grey, header=header, flags=("colour",))
-    presentation = read_presentation(dataset)
-    flags = ("invalid_window",) if presentation.invalid_window else ()
-    return Decoded(grey=normalise(stored, presentation, policy), header=header, flags=flags)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 
 from medistill.errors import RejectedFile, SourceError
 from medistill.ingest.decode import MAX_PIXELS, luminance
-from medistill.ingest.intensity import PERCENTILES, Policy, stretch
-from medistill.ingest.reading import Decoded, Item
+from medistill.ingest.frames import Decoded
+from medistill.ingest.intensity import Policy
+from medistill.ingest.reading import Item
 from medistill.ingest.sources.folder import scan
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
@@ -47,7 +48,7 @@ class ImageFolderSource:
     def _names(self) -> tuple[str, ...]:
         path = Path(self.path)
         if path.is_dir():
-            names = [file.relative_to(path).as_posix() for file in scan(path)]
+            names = list(scan(path))
         else:
             with _open_archive(path) as archive:
                 names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
@@ -67,7 +68,7 @@ class ImageFolderSource:
         """Number of images."""
         return len(self._names)
 
-    def items(self) -> Iterator[Item]:
+    def items(self, known: Container[str] = ()) -> Iterator[Item]:
         """One item per image; the members of an archive are read one by one."""
         path = Path(self.path)
         if path.is_dir():
@@ -79,22 +80,18 @@ class ImageFolderSource:
                 yield Item(ordinal=ordinal, name=name, payload=_member(archive, name), label=_folder_name(name))
 
     @property
-    def decode(self) -> Callable[[Path | bytes, Policy], Decoded]:
+    def decode(self) -> Callable[[Path | bytes, Policy], Iterator[Decoded]]:
         """Reads one image file."""
         return decode_image
 
 
-def decode_image(payload: Path | bytes, policy: Policy) -> Decoded:
+def decode_image(payload: Path | bytes, policy: Policy) -> Iterator[Decoded]:
     """Read one image file, from its path or its bytes.
 
     Raises:
         RejectedFile: IMAGE_FORMAT, DIM_LIMIT, READ_ERROR or ZIP_LIMIT.
     """
-    grey = read_grey(payload)
-    if policy is Policy.PERCENTILE:
-        low, high = np.percentile(grey, PERCENTILES)
-        grey = stretch(grey, float(low), float(high))
-    return Decoded(grey=grey)
+    yield Decoded(stored=read_grey(payload), presentation=None, policy=policy)
 
 
 def read_grey(payload: Path | bytes) -> NDArray[np.float32]:

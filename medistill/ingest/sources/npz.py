@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from medistill.errors import RejectedFile, SourceError
 from medistill.ingest.decode import luminance
-from medistill.ingest.intensity import PERCENTILES, Policy, stretch
+from medistill.ingest.frames import Decoded
+from medistill.ingest.intensity import Policy
 from medistill.ingest.labels import SPLIT_VALUES
-from medistill.ingest.reading import Decoded, Item
+from medistill.ingest.reading import Item
 
 _SPLITS = ("train", "val", "test")
 _TOP = {"u1": 255.0, "u2": 65535.0, "f4": 1.0, "f8": 1.0, "f2": 1.0, "b1": 1.0}
@@ -68,7 +69,7 @@ class NpzSource:
         """Number of images."""
         return sum(len(block.images) for block in self._blocks)
 
-    def items(self) -> Iterator[Item]:
+    def items(self, known: Container[str] = ()) -> Iterator[Item]:
         """One item per image."""
         ordinal = 0
         for block in self._blocks:
@@ -85,12 +86,12 @@ class NpzSource:
                 ordinal += 1
 
     @property
-    def decode(self) -> Callable[[NDArray[Any], Policy], Decoded]:
+    def decode(self) -> Callable[[NDArray[Any], Policy], Iterator[Decoded]]:
         """Reads one array."""
         return decode_array
 
 
-def decode_array(image: NDArray[Any], policy: Policy) -> Decoded:
+def decode_array(image: NDArray[Any], policy: Policy) -> Iterator[Decoded]:
     """Grey levels of one array: uint8 and uint16 by their full range, floats as they are.
 
     Raises:
@@ -102,10 +103,7 @@ def decode_array(image: NDArray[Any], policy: Policy) -> Decoded:
     grey = image.astype(np.float32) / np.float32(top) if image.ndim == 2 else luminance(image[..., :3], top=top)
     if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1 + 1e-5:
         raise RejectedFile("BITS_INCONSISTENT", "expected finite values in [0, 1]")
-    if policy is Policy.PERCENTILE:
-        low, high = np.percentile(grey, PERCENTILES)
-        grey = stretch(grey, float(low), float(high))
-    return Decoded(grey=grey)
+    yield Decoded(stored=grey, presentation=None, policy=policy)
 
 
 def _read_blocks(archive: Any) -> Iterator[_Block]:
