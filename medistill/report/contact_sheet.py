@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from medistill.report.png import encode, picture
 _TILE = 96  #: smallest side a tile is drawn at, in pixels
 _GAP = 6
 _LINE = 16
+_TITLE = 26
 
 
 def contact_sheet(images: Tensor, *, columns: int, captions: Sequence[str] = ()) -> bytes:
@@ -61,3 +63,45 @@ def _fitting(caption: str, fits: Callable[[str], bool]) -> str:
     while line and not fits(line + "..."):
         line = line[:-1]
     return line + "..."
+
+
+def stacked_sheets(
+    groups: Mapping[str, tuple[Tensor, Sequence[str]]], *, columns: int, heading: str = ""
+) -> bytes:
+    """Several contact sheets below one another, each under its title.
+
+    Args:
+        groups: Title to images of shape ``(n, c, h, w)`` in ``[0, 1]`` and their captions.
+        columns: Images per row.
+        heading: A line above them all.
+
+    Returns:
+        PNG bytes; the same arguments give the same bytes.
+
+    Raises:
+        DataError: As :func:`contact_sheet`, and where there is no group.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415
+
+    if not groups:
+        raise DataError("Expected at least one group of images, got none.")
+    sheets = [
+        Image.open(BytesIO(contact_sheet(images, columns=columns, captions=captions)))
+        for images, captions in groups.values()
+    ]
+    width = max(sheet.width for sheet in sheets)
+    start = _TITLE if heading else 0
+    height = start + sum(sheet.height + _TITLE for sheet in sheets)
+    whole = Image.new("RGB" if any(sheet.mode == "RGB" for sheet in sheets) else "L", (width, height), "white")
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(size=15)
+
+    def write(text: str, top: int) -> None:
+        fitting = _fitting(text, lambda line: draw.textlength(line, font=font) <= width - 2 * _GAP)
+        draw.text((_GAP, top + 5), fitting, fill="black", font=font)
+
+    write(heading, 0)
+    for title, sheet in zip(groups, sheets, strict=True):
+        write(title, start)
+        whole.paste(sheet, (0, start + _TITLE))
+        start += sheet.height + _TITLE
+    return encode(whole)

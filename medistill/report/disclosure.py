@@ -26,9 +26,9 @@ NOT_COVERED_NOTE = (
 )
 
 #: Settings of ingestion that describe the processing and hold no count and no value of a patient.
-PUBLIC_PROFILE_KEYS = ("size", "fit", "intensity", "burned_in", "missing_patient")
+PUBLIC_PROFILE_KEYS = ("size", "volumes", "fit", "intensity", "burned_in", "ocr", "heads", "missing_patient")
 
-_PARTS = frozenset({"splits", "quarantine", "profile"})
+_PARTS = frozenset({"splits", "quarantine", "modality", "profile"})
 _LOCATION = re.compile(r"""(?:(?<=^)|(?<=[\s='"]))(?:~|[A-Za-z]:\\|/|\\\\)[^\s'"]*""")
 _ADDRESS = re.compile(r"""\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'"]+""")
 
@@ -51,7 +51,7 @@ def public_cohort(cohort: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         cohort: ``splits`` (as of :meth:`medistill.core.cohort.Cohort.counts`), ``quarantine`` (reason code to
-            number of files) and ``profile``; each may be absent.
+            number of files), ``modality`` (name to number of images) and ``profile``; each may be absent.
 
     Raises:
         DataError: If there is any other part.
@@ -72,6 +72,7 @@ def public_cohort(cohort: Mapping[str, Any]) -> dict[str, Any]:
             for split, row in (cohort.get("splits") or {}).items()
         },
         "quarantine": {code: rounded(number) for code, number in sorted((cohort.get("quarantine") or {}).items())},
+        "modality": {name: rounded(number) for name, number in sorted((cohort.get("modality") or {}).items())},
         "profile": {key: settings[key] for key in PUBLIC_PROFILE_KEYS if key in settings},
     }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from medistill.core.distilled import DistilledSet, Recipe, Schedule
 from medistill.core.reports import ArmResult, AttackOutcome, AuditReport, DiagnosticReport, Estimate, Verdict
 from medistill.errors import DataError
+from medistill.ingest.quarantine import REASON_CODES
 from medistill.report import wording
 from medistill.report.disclosure import (
     NOT_COVERED_NOTE,
@@ -370,7 +371,7 @@ def _flow(cohort: Mapping[str, Any]) -> dict[str, Any]:
         if any(cohort["splits"][split].values())
     ]
     quarantine = [
-        {"code": code, "files": wording.at_least(files)}
+        {"code": code, "sentence": REASON_CODES.get(code, ""), "files": wording.at_least(files)}
         for code, files in public["quarantine"].items()
         if cohort["quarantine"][code]
     ]
@@ -379,6 +380,10 @@ def _flow(cohort: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "quarantine": quarantine,
         "quarantine_known": "quarantine" in cohort,
+        "modality": [
+            {"name": name or "not given", "images": wording.at_least(images)}
+            for name, images in public["modality"].items()
+        ],
         "profile": public["profile"],
     }
 

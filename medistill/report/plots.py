@@ -60,3 +60,20 @@ def track(estimate: Estimate, axis: Axis) -> Track:
     """Place an estimate and its interval on an axis."""
     left, right = axis.position(estimate.low), axis.position(estimate.high)
     return Track(dot=axis.position(estimate.value), left=left, width=round(right - left, 2))
+
+
+def outline(heights: Sequence[float], *, top: float) -> str:
+    """A histogram as the path of an SVG of ``len(heights)`` by 100 units, closed along its base.
+
+    Args:
+        heights: One per bin, not negative.
+        top: Height that fills the drawing; higher bins are cut there.
+
+    Example:
+        >>> outline([0.5, 1.0], top=1.0)
+        'M0 100V50H1V0H2V100Z'
+    """
+    if top <= 0:
+        return f"M0 100H{len(heights)}Z"
+    steps = (f"V{round(100 * (1 - min(1.0, height / top)), 1):g}H{i + 1}" for i, height in enumerate(heights))
+    return f"M0 100{''.join(steps)}V100Z"
