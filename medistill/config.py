@@ -38,6 +38,8 @@ from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig
 from medistill.ingest import IngestConfig
 from medistill.ingest.phantom import PhantomConfig
+from medistill.ingest.reading import Source
+from medistill.ingest.sources import open_source
 from medistill.registry import DISTILLERS, nearest
 
 #: Sections that are checked as a whole once their values are legal.
@@ -70,7 +72,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FolderSection(_Section):
+class _SourceSection(_Section):
+    """What every source of images has."""
+
+    def open(self, volumes: str) -> Source:
+        """The source that this section describes."""
+        options = self.model_dump(exclude={"kind", "labels", "path", "url", "host"})
+        where = next(getattr(self, name) for name in ("path", "url", "host") if hasattr(self, name))
+        return open_source(getattr(self, "kind"), where, volumes=volumes, options=options)  # noqa: B009
+
+
+class FolderSection(_SourceSection):
     """DICOM files in a folder tree."""
 
     kind: Literal["folder"]
@@ -78,7 +90,74 @@ class FolderSection(_Section):
     labels: PathField
 
 
-class ImageFolderSection(_Section):
+class ArchiveSection(_SourceSection):
+    """DICOM files in a zip or tar archive, which is not unpacked."""
+
+    kind: Literal["archive"]
+    path: PathField
+    labels: PathField
+
+
+class DicomdirSection(_SourceSection):
+    """A medium with a DICOMDIR."""
+
+    kind: Literal["dicomdir"]
+    path: PathField
+    labels: PathField
+
+
+class NiftiSection(_SourceSection):
+    """NIfTI files."""
+
+    kind: Literal["nifti"]
+    path: PathField
+    labels: PathField
+
+
+class _PacsSection(_SourceSection):
+    """What is wanted of a PACS, and how its certificate is checked."""
+
+    labels: PathField
+    studies: tuple[str, ...] = ()
+    series: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
+    date: str = ""
+    modalities: tuple[str, ...] = ()
+    ca_bundle: PathField | None = None
+    client_certificate: PathField | None = None
+    client_key: PathField | None = None
+    retries: int = Field(default=5, ge=0)
+    pause: float = Field(default=1.0, ge=0)
+    timeout: float = Field(default=30.0, gt=0)
+
+
+class DicomWebSection(_PacsSection):
+    """A DICOMweb service; secrets come from files or the environment."""
+
+    kind: Literal["dicomweb"]
+    url: str
+    user: str = ""
+    password_file: PathField | None = None
+    token_file: PathField | None = None
+    allow_http: bool = False
+
+
+class DimseSection(_PacsSection):
+    """A PACS that speaks DIMSE."""
+
+    kind: Literal["dimse"]
+    host: str
+    port: int = Field(default=104, ge=1, le=65535)
+    called_aet: str = "ANY-SCP"
+    calling_aet: str = "MEDISTILL"
+    method: Literal["get", "move"] = "get"
+    move_port: int = Field(default=0, ge=0, le=65535)
+    move_address: str = ""
+    tls: bool = False
+    spool: PathField | None = None
+
+
+class ImageFolderSection(_SourceSection):
     """PNG or JPEG images in a folder or zip; classes from subfolders or a CSV."""
 
     kind: Literal["image_folder"]
@@ -86,7 +165,7 @@ class ImageFolderSection(_Section):
     labels: PathField | None = None
 
 
-class NpzSection(_Section):
+class NpzSection(_SourceSection):
     """Arrays in an npz; patients and splits from a CSV."""
 
     kind: Literal["npz"]
@@ -105,7 +184,16 @@ class PhantomSection(_Section):
 
 
 SourceSection = Annotated[
-    FolderSection | ImageFolderSection | NpzSection | PhantomSection, Field(discriminator="kind")
+    FolderSection
+    | ArchiveSection
+    | DicomdirSection
+    | DicomWebSection
+    | DimseSection
+    | NiftiSection
+    | ImageFolderSection
+    | NpzSection
+    | PhantomSection,
+    Field(discriminator="kind"),
 ]
 
 

@@ -75,8 +75,14 @@ ATTACKS = Registry(
 SOURCES = Registry(
     kind="sources",
     targets={
+        "archive": "medistill.ingest.sources.archive:ArchiveSource",
+        "dicomdir": "medistill.ingest.sources.dicomdir:DicomdirSource",
+        "dicomweb": "medistill.ingest.sources.dicomweb:DicomWebSource",
+        "dimse": "medistill.ingest.sources.dimse:DimseSource",
         "folder": "medistill.ingest.sources.folder:FolderSource",
         "image_folder": "medistill.ingest.sources.image_folder:ImageFolderSource",
+        "nifti": "medistill.ingest.sources.nifti:NiftiSource",
         "npz": "medistill.ingest.sources.npz:NpzSource",
+        "series": "medistill.ingest.sources.series:SeriesSource",
     },
 )

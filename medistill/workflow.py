@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,8 @@ from torch import Tensor
 from medistill import __version__
 from medistill.audit import audit, require_patients
 from medistill.config import (
-    FolderSection,
-    ImageFolderSection,
-    NpzSection,
+    DicomWebSection,
+    DimseSection,
     PhantomSection,
     RunConfig,
     parse_config,
@@ -37,9 +37,10 @@ from medistill.errors import DataError, OutputError
 from medistill.evaluate import evaluate
 from medistill.ingest import ingest, load_cohort, load_or_create_key
 from medistill.ingest.phantom import PhantomConfig, write_phantom
+from medistill.ingest.reading import Source
+from medistill.ingest.sources import open_source
 from medistill.privacy.curator import OpenCurator
 from medistill.progress import Progress
-from medistill.registry import SOURCES
 from medistill.release.durable import output_errors, replace_durably
 from medistill.release.folder import write_release
 from medistill.release.gate import check_gate
@@ -172,31 +173,42 @@ class _Run:
         )
         write_phantom(out, config, progress=self.progress, jobs=self.jobs)
 
-    def _source(self) -> tuple[str, Path, Path | None]:
-        source = self.config.source
-        if isinstance(source, PhantomSection):
-            return "folder", self.folder / "phantom" / "dicom", self.folder / "phantom" / "labels.csv"
-        assert isinstance(source, (FolderSection, ImageFolderSection, NpzSection))
-        return source.kind, source.path, source.labels
+    def _source(self) -> tuple[Source, Path | None]:
+        section, volumes = self.config.source, self.config.ingest.volumes
+        if isinstance(section, PhantomSection):
+            phantom = self.folder / "phantom"
+            return open_source("folder", phantom / "dicom", volumes=volumes), phantom / "labels.csv"
+        return section.open(volumes), section.labels
+
+    def _content(self) -> str:
+        """Digest of what the source holds."""
+        section = self.config.source
+        if isinstance(section, PhantomSection):
+            return self.digests["phantom"]
+        if isinstance(section, (DicomWebSection, DimseSection)):
+            names = hashlib.sha256()
+            for item in self._source()[0].items(_Everything()):
+                names.update(f"{item.name}\n".encode())
+            return names.hexdigest()
+        return _listing(section.path)
 
     def ingest_inputs(self) -> Mapping[str, Any]:
-        kind, path, labels = self._source()
-        listing = self.digests.get("phantom") or _listing(path)
+        _, labels = self._source()
         return {
             "key": hashlib.sha256(b"key id" + self._key()).hexdigest(),
-            "kind": kind,
-            "source": listing,
+            "kind": self.config.source.kind,
+            "source": self._content(),
             "labels": _listing(labels) if labels else "",
             "ingest": asdict(self.config.ingest),
             "seed": self.config.seed,
         }
 
     def ingest(self) -> None:
-        kind, path, labels = self._source()
+        source, labels = self._source()
         staged = self.folder / ".cohort-next"
         shutil.rmtree(staged, ignore_errors=True)
         ingest(
-            SOURCES.load(kind)(path),
+            source,
             staged,
             key=self._key(),
             labels=labels,
@@ -412,8 +424,9 @@ def demo_config(out: Path, *, patients: int = 400) -> RunConfig:
 
 
 def cohort_summary(cohort: Cohort) -> Mapping[str, Any]:
-    """Counts of a cohort that may stand in a release: per split and per quarantine code."""
+    """Counts of a cohort that may stand in a release: per split, quarantine code and modality."""
     return {
+        "modality": dict(Counter(instance.modality for instance in cohort.instances)),
         "splits": cohort.counts(),
         "quarantine": cohort.profile["counts"]["quarantine"],
         "profile": dict(cohort.profile),
@@ -428,6 +441,13 @@ def write_text(path: Path, text: str) -> None:
     """
     with output_errors(path):
         replace_durably(path, text.encode())
+
+
+class _Everything:
+    """Holds every name: nothing is to be retrieved."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 def _listing(path: Path) -> str:

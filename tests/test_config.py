@@ -94,7 +94,7 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_unknown_and_missing_source_kind_name_the_known_ones() -> None:
-    known = "Known: folder, image_folder, npz, phantom."
+    known = "Known: folder, archive, dicomdir, dicomweb, dimse, nifti, image_folder, npz, phantom."
     assert problems({"source": {"kind": "fodler", "path": "x"}}) == [
         f"source.kind: unknown. Did you mean 'folder'? {known}"
     ]

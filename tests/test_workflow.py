@@ -181,7 +181,7 @@ def test_two_fresh_runs_release_the_same_bytes(finished: Finished, tmp_path: Pat
 
 INTERRUPTIONS = [
     ("phantom", "medistill.ingest.phantom.cohort._write_tables", {"source": {"seed": 1}}),
-    ("ingest", "medistill.ingest.build._divide", {"ingest": {"seed": 1}}),
+    ("ingest", "medistill.ingest.build._profile", {"ingest": {"seed": 1}}),
     ("distill", "medistill.workflow.save", {"distill": {"ipc": 2}}),
     ("audit", "medistill.audit.runner._copies", {"audit": {"alpha": 0.02}}),
     ("evaluate", "medistill.evaluate.runner._arm_result", {"evaluate": {"seeds": 1}}),

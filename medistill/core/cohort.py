@@ -33,7 +33,7 @@ class Split(StrEnum):
     TEST = "test"  #: diagnosis
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Instance:
     """One image of a cohort. Cannot hold an original identifier.
 
@@ -118,10 +118,10 @@ class Cohort:
         for instance in self.instances:
             if instance.label not in self.task.class_names:
                 raise DataError("Expected every label to be a class of the task; found another.")
-            for key in (instance.patient, instance.pixel_key):
+            for key in (instance.patient, instance.pixel_key, instance.study):
                 if key and home.setdefault(key, instance.split) is not instance.split:
                     raise DataError(
-                        "Expected every patient in one split; found one in two "
+                        "Expected every patient (and study) in one split; found one in two "
                         f"({home[key].value} and {instance.split.value})."
                     )
 

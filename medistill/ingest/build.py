@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 import medistill
-from medistill.core.cohort import Cohort, Instance
+from medistill.core.cohort import Cohort
 from medistill.core.task import Task
 from medistill.errors import ConfigError, OutputError, SourceError
-from medistill.ingest.cache import Accepted, CohortWriter, load_cohort, open_writer
+from medistill.ingest.burned_in import Screen, TextPolicy
+from medistill.ingest.cache import Accepted, load_cohort, publish, working_folder, write_cohort
 from medistill.ingest.geometry import Fit
 from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.intensity import Policy
+from medistill.ingest.isolation import Limits, Outcome, isolated
+from medistill.ingest.journal import PASSING, Journal
 from medistill.ingest.labels import LabelTable, load_labels, make_task
-from medistill.ingest.quarantine import REASON_CODES, Rejected, count_codes
-from medistill.ingest.reading import Reader, Reading, Source
-from medistill.ingest.sources import source_for
-from medistill.ingest.splits import Member, SplitFractions, assign_splits
-from medistill.parallel import parallel_map
+from medistill.ingest.quarantine import REASON_CODES, Rejected
+from medistill.ingest.reading import Content, Deferred, Found, Item, Reader, Source, Work
+from medistill.ingest.resolve import Resolver
+from medistill.ingest.sources import open_source
+from medistill.ingest.splits import SplitFractions
 from medistill.progress import Progress
 
-_FEW = 64
+_OCR_MEMORY_MB = 2560
+_LIBRARIES = ("numpy", "pydicom", "imagecodecs", "pillow")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fit": tuple(Fit),
     "intensity": tuple(Policy),
-    "burned_in": ("reject", "allow"),
+    "burned_in": ("reject", "mask", "allow"),
+    "heads": ("reject", "defaced"),
     "missing_patient": ("reject", "own"),
+    "volumes": ("slices", "cubes"),
+    "ocr": ("auto", "require", "off"),
 }
+_OCR: dict[str, bool | Literal["auto"]] = {"auto": "auto", "require": True, "off": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +54,22 @@ class IngestConfig:
     """How images enter a cohort.
 
     Args:
-        size: Side length of the stored square images, 8 to 4096.
+        size: Side length of the stored squares or cubes, 8 to 4096.
+        volumes: ``slices`` takes every slice and frame as an image of its own, ``cubes`` every series (or NIfTI
+            file) as one volume.
         fit: ``pad`` (aspect kept, black borders), ``crop`` (centre) or ``stretch``.
         intensity: ``voi`` (the header's window), ``percentile`` (of each image) or ``none`` (full range).
-        burned_in: ``reject`` or ``allow`` images whose header says that text is burned in. Pixels are not searched
-            for text in this version: check your images, or reject modalities that carry text.
-        missing_patient: ``reject`` images without a patient, or treat each study (without a study, each image) as
-            its ``own`` patient; then the privacy unit is only as good as that assumption.
+        burned_in: What to do about text in pixels, declared by the header or found by looking: ``reject`` the
+            image, ``mask`` the text, or ``allow`` it and do not look.
+        ocr: ``auto`` reads suspected text where the extra ``ocr`` is installed, ``require`` refuses to work
+            without it, ``off`` goes by shape alone.
+        heads: ``reject`` CT and MR images of heads, from which a face could be restored, or take them because the
+            source is ``defaced``.
+        missing_patient: ``reject`` images without a patient, or treat each study (without a study, each folder;
+            without a folder, each image) as its ``own`` patient; then the privacy unit is only as good as that.
+        accept_partial: Go on without images that a server promised and did not send; otherwise ingestion stops and
+            can be run again.
+        limits: What reading one file may cost.
         fractions: Share of patients per split.
         seed: Another seed divides the patients differently.
         label_column: Column of the label table with the class.
@@ -60,10 +82,15 @@ class IngestConfig:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
 
     size: int = 256
+    volumes: str = "slices"
     fit: str = "pad"
     intensity: str = "voi"
     burned_in: str = "reject"
+    ocr: str = "auto"
+    heads: str = "reject"
     missing_patient: str = "reject"
+    accept_partial: bool = False
+    limits: Limits = field(default_factory=Limits)
     fractions: SplitFractions = field(default_factory=SplitFractions)
     seed: int = 0
     label_column: str = "label"
@@ -83,15 +110,6 @@ class IngestConfig:
             raise ConfigError("Ingestion: " + "; ".join(problems) + ".")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Labelled:
-    """An image on its way into the cohort."""
-
-    reading: Reading
-    label: str = field(repr=False)
-    spooled: int
-
-
 def ingest(
     source: Source | Path | str,
     out: Path,
@@ -101,12 +119,14 @@ def ingest(
     config: IngestConfig | None = None,
     progress: Progress | None = None,
     jobs: int | None = None,
+    engine: str = "local",
     private_notes: Path | None = None,
 ) -> Cohort:
     """Turn a source into a de-identified cohort on disk.
 
-    Identifiers are replaced under the key while a file is read. A file that cannot be used is quarantined with a
-    reason code; the cohort accounts for every file by its position in the scan.
+    Identifiers are replaced under the key while a file is read, in a child process that may crash without harm.
+    A file that cannot be used is quarantined with a reason code; the cohort accounts for every file by its place
+    in the scan. Whatever stops an ingestion, running it again with the same settings goes on where it was.
 
     Args:
         source: A source, or the path of a folder, ``.zip`` or ``.npz`` file.
@@ -118,6 +138,7 @@ def ingest(
         config: Settings; defaults where not given.
         progress: Where to show progress.
         jobs: Processes; all cores where not given.
+        engine: ``local``, or ``ray`` for a cluster whose workers see the same files.
         private_notes: CSV that names the original path of each quarantined file, for the hospital only: readable
             by its owner, outside the cohort. No path is written anywhere else.
 
@@ -126,30 +147,163 @@ def ingest(
 
     Raises:
         ConfigError: If a setting cannot work.
-        SourceError: If nothing usable is found, or there are too few patients to divide.
+        SourceError: If nothing usable is found, a server did not send everything, or there are too few patients to
+            divide.
         LabelError: If the label table does not fit; lists every problem by line.
         OutputError: If ``out`` is not empty or cannot be written.
     """
     config, progress = config or IngestConfig(), progress or Progress()
     _check_notes(private_notes, Path(out))
-    source = source_for(Path(source)) if isinstance(source, (str, Path)) else source
+    if isinstance(source, (str, Path)):
+        source = open_source("auto", source, volumes=config.volumes)
+    if engine != "local" and getattr(source, "local_only", False):
+        raise ConfigError("This source keeps what it retrieves on this machine. Use engine 'local'.")
     pseudonymiser = Pseudonymiser(key)
     table = _load_table(source, labels, config, pseudonymiser)
     reader = _reader(source, config, pseudonymiser)
-    with open_writer(Path(out), config.size) as writer:
-        candidates, rejected = _read_all(source, reader, table, config, writer, progress, jobs)
-        candidates = _without_conflicts(_one_name_each(candidates), rejected)
-        _write_notes(private_notes, source, rejected)
-        _check_usable(candidates, rejected, len(source))
-        warning = table.close() if table else ""
-        task = make_task((item.label for item in candidates), config.classes)
-        accepted, spooled = _divide(candidates, rejected, config, pseudonymiser)
-        _write_notes(private_notes, source, rejected)
-        profile = _profile(source, config, task, accepted, rejected)
-        writer.finish(accepted, spooled, rejected, profile)
-    cohort = load_cohort(Path(out))
-    _summarise(cohort, rejected, warning, progress)
-    return cohort
+    with working_folder(Path(out)) as partial:
+        sides = 2 if config.volumes == "slices" else 3
+        journal = Journal(partial, fingerprint=_fingerprint(reader), shape=(1, *[config.size] * sides))
+        try:
+            scan = _Scan(
+                source=source,
+                journal=journal,
+                pseudonymiser=pseudonymiser,
+                keep_names=private_notes is not None,
+            )
+            scan.run(reader, config.limits, progress, jobs=jobs, engine=engine)
+            scan.forget_vanished()
+            resolver = Resolver(journal=journal, table=table, missing_patient=config.missing_patient)
+            resolver.decide()
+            _write_notes(private_notes, resolver)
+            _check_usable(resolver, len(source), config)
+            warning = table.close() if table else ""
+            task = make_task(resolver.labels(), config.classes)
+            resolver.divide(config.fractions, pseudonymiser, config.seed)
+            _write_notes(private_notes, resolver)
+            profile = _profile(source, config, task, resolver)
+            _write(partial / "cohort", resolver, journal, profile)
+        finally:
+            journal.close()
+        publish(partial, Path(out))
+    _summarise(profile["counts"], task, config, warning, progress)
+    return load_cohort(Path(out))
+
+
+@dataclass(kw_only=True)
+class _Scan:
+    """One pass over a source into the journal.
+
+    Args:
+        source: What to read.
+        journal: Where it goes.
+        pseudonymiser: Replaces names of items.
+        keep_names: Whether the names of items are kept in the working folder, for the private notes.
+    """
+
+    source: Source
+    journal: Journal
+    pseudonymiser: Pseudonymiser
+    keep_names: bool
+    deferred: int = 0
+    _open: dict[int, _Entry] = field(default_factory=dict)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an earlier run has read the item of this name."""
+        return self.journal.digest(self._token(str(name))) is not None
+
+    def run(self, reader: Reader, limits: Limits, progress: Progress, *, jobs: int | None, engine: str) -> None:
+        """Read what is not known yet: first all items, then by OCR those where text was suspected.
+
+        Only the second pass needs the memory of OCR models.
+        """
+        if self.journal.known:
+            progress.say(f"Going on with an earlier run, in which {self.journal.known} files were read.")
+        first = isolated(replace(reader, deferring=True), self._works(), jobs=jobs, limits=limits, engine=engine)
+        for _ in progress.track(filter(self._record, first), "reading images", total=len(self.source)):
+            pass
+        if not self.deferred:
+            return
+        roomy = replace(limits, memory_mb=max(limits.memory_mb, _OCR_MEMORY_MB))
+        second = isolated(reader, self._works(), jobs=jobs, limits=roomy, engine=engine)
+        for _ in progress.track(filter(self._record, second), "looking for text", total=self.deferred):
+            pass
+
+    def forget_vanished(self) -> None:
+        """Drop what an earlier run has read and the source no longer has."""
+        self.journal.drop_vanished()
+
+    def _token(self, name: str) -> str:
+        return self.pseudonymiser.token("item", name)
+
+    def _token_of(self, item: Item) -> str:
+        """Token of an item; of another form where an archive has two members of one name."""
+        token = self._token(item.name)
+        home = self.journal.home(token)
+        busy = {entry.token: ordinal for ordinal, entry in self._open.items()}
+        if (item.ordinal if home is None else home) == busy.get(token, item.ordinal) == item.ordinal:
+            return token
+        return self._token(f"{item.name} {item.ordinal}")
+
+    def _works(self) -> Iterator[Work]:
+        """Every item, those of an earlier run with the hash they had."""
+        for item in self.source.items(self):
+            token = self._token_of(item)
+            if self.journal.home(token) == item.ordinal:
+                continue
+            self._open[item.ordinal] = _Entry(token=token)
+            if self.keep_names:
+                self.journal.name(token, item.name)
+            yield Work(item=item, expected=self.journal.digest(token) or b"")
+
+    def _record(self, outcome: Outcome[Work, Found]) -> bool:
+        """Write down what happened; returns whether it was the end of an item."""
+        item, found = outcome.item.item, outcome.result
+        entry = self._open[item.ordinal]
+        if isinstance(found, Content):
+            entry.digest = found.digest
+            entry.unchanged = bool(found.digest) and found.digest == outcome.item.expected
+        elif isinstance(found, Deferred):
+            entry.deferred = True
+            self.journal.forget(entry.token)
+        elif found is not None or outcome.failure:
+            self._write(entry, found or Rejected(ordinal=item.ordinal, code=outcome.failure))
+        elif not entry.written and item.payload is None:
+            entry.unchanged = True
+        if not outcome.ended:
+            return False
+        del self._open[item.ordinal]
+        if entry.deferred:
+            self.deferred += 1
+        elif entry.unchanged:
+            self.journal.keep(entry.token, item.ordinal)
+        else:
+            if not entry.written:  # a file without a single image
+                self._write(entry, Rejected(ordinal=item.ordinal, code="NO_PIXELS"))
+            self.journal.end(entry.token, item.ordinal, entry.digest, passing=entry.passing)
+        return True
+
+    def _write(self, entry: _Entry, found: Found) -> None:
+        if not entry.written:
+            self.journal.forget(entry.token)
+        entry.written = True
+        if isinstance(found, Rejected):
+            entry.passing |= found.code in PASSING
+            self.journal.reject(entry.token, found)
+        elif isinstance(found, tuple):
+            self.journal.add(entry.token, *found)
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    """An item that is being read."""
+
+    token: str
+    digest: bytes = b""
+    unchanged: bool = False
+    deferred: bool = False
+    written: bool = False
+    passing: bool = False
 
 
 def _load_table(
@@ -176,185 +330,85 @@ def _reader(source: Source, config: IngestConfig, pseudonymiser: Pseudonymiser) 
         size=config.size,
         fit=Fit(config.fit),
         policy=Policy(config.intensity),
-        allow_burned_in=config.burned_in == "allow",
+        screen=Screen(policy=TextPolicy(config.burned_in), use_ocr=_OCR[config.ocr]),
+        defaced=config.heads == "defaced",
     )
 
 
-def _read_all(
-    source: Source,
-    reader: Reader,
-    table: LabelTable | None,
-    config: IngestConfig,
-    writer: CohortWriter,
-    progress: Progress,
-    jobs: int | None,
-) -> tuple[list[_Labelled], list[Rejected]]:
-    """Read every item; pixels of those with a label and a patient go to the spool."""
-    candidates: list[_Labelled] = []
-    rejected: list[Rejected] = []
-    seen: dict[str, str] = {}
-    total = len(source)
-    results = parallel_map(reader, source.items(), jobs=1 if jobs is None and total < _FEW else jobs)
-    for result in progress.track(results, "reading images", total=total):
-        if isinstance(result, Rejected):
-            rejected.append(result)
-            continue
-        reading, pixels = result
-        if reading.uid in seen:
-            same = seen[reading.uid] == reading.pixel_key
-            rejected.append(Rejected(ordinal=reading.ordinal, code="DUP_SOP_SAME" if same else "DUP_SOP_DIFF"))
-            continue
-        seen[reading.uid] = reading.pixel_key
-        found = _join(reading, table, config)
-        if isinstance(found, Rejected):
-            rejected.append(found)
-        else:
-            candidates.append(replace(found, spooled=writer.append(pixels)))
-    return candidates, rejected
+def _fingerprint(reader: Reader) -> str:
+    """What the reading of a file depends on besides the file."""
+    names = ("keys", "size", "fit", "policy", "screen", "defaced")
+    decode = getattr(reader.decode, "func", reader.decode)
+    settings = {
+        "key": reader.pseudonymiser.token("key", "fingerprint"),
+        "decode": f"{decode.__module__}.{decode.__qualname__} {getattr(reader.decode, 'keywords', '')}",
+        "ocr": reader.screen.reads,
+        "reader": [repr(getattr(reader, name)) for name in names],
+        "versions": _versions(),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _join(reading: Reading, table: LabelTable | None, config: IngestConfig) -> _Labelled | Rejected:
-    """Add what the label table says; the header's patient comes before the table's."""
-    entry = table.match(reading.keys) if table else None
-    label = reading.label
-    if table and table.has_labels:
-        label = entry.label if entry else ""
-    if not label:
-        return Rejected(ordinal=reading.ordinal, code="NO_LABEL")
-    patient, flags = reading.patient or (entry.patient if entry else ""), reading.flags
-    if not patient:
-        if config.missing_patient == "reject":
-            return Rejected(ordinal=reading.ordinal, code="ID_MISSING")
-        patient, flags = reading.study or reading.own_patient, (*flags, "no_patient_id")
-    given_test = reading.given_test or bool(entry and entry.given_test)
-    joined = replace(reading, patient=patient, flags=flags, given_test=given_test)
-    return _Labelled(reading=joined, label=label, spooled=-1)
+def _versions() -> dict[str, str]:
+    return {"medistill": medistill.__version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def _one_name_each(candidates: Sequence[_Labelled]) -> list[_Labelled]:
-    """Give a patient one pseudonym where files name the issuer, or the patient, only sometimes.
-
-    A number without an issuer is taken for the same number with one; an image without a patient for the only
-    patient of its study. Taking two people for one costs a rejection or a little data; the reverse would put one
-    patient into two splits.
-    """
-    names = {item.reading.patient for item in candidates}
-    of_study: dict[str, set[str]] = defaultdict(set)
-    renamed = []
-    for item in candidates:
-        reading = item.reading
-        name = reading.bare_patient if reading.bare_patient in names else reading.patient
-        renamed.append(replace(item, reading=replace(reading, patient=name)))
-        if "no_patient_id" not in reading.flags:
-            of_study[reading.study].add(name)
-    return [_named_by_study(item, of_study) for item in renamed]
-
-
-def _named_by_study(item: _Labelled, of_study: Mapping[str, set[str]]) -> _Labelled:
-    reading = item.reading
-    known = of_study.get(reading.study, set()) if reading.study else set()
-    if "no_patient_id" not in reading.flags or len(known) != 1:
-        return item
-    return replace(item, reading=replace(reading, patient=next(iter(known))))
-
-
-def _without_conflicts(candidates: list[_Labelled], rejected: list[Rejected]) -> list[_Labelled]:
-    """Turn away patients with two sexes or two birth dates: the number may stand for two people."""
-    facts: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for item in candidates:
-        reading = item.reading
-        facts[reading.patient, "sex"] |= {reading.sex} - {""}
-        facts[reading.patient, "birth"] |= {reading.birth} - {""}
-    conflicting = {patient for (patient, _), values in facts.items() if len(values) > 1}
-    for item in candidates:
-        if item.reading.patient in conflicting:
-            detail = "two sexes or two birth dates under one patient"
-            rejected.append(Rejected(ordinal=item.reading.ordinal, code="ID_CONFLICT", detail=detail))
-    return [item for item in candidates if item.reading.patient not in conflicting]
-
-
-def _check_usable(candidates: Sequence[_Labelled], rejected: Sequence[Rejected], total: int) -> None:
-    if candidates:
+def _check_usable(resolver: Resolver, total: int, config: IngestConfig) -> None:
+    """Refuse to go on without images, or without some that a server promised."""
+    codes = resolver.codes()
+    if (missing := codes.get("NET_PARTIAL", 0)) and not config.accept_partial:
+        raise SourceError(
+            f"NET_PARTIAL: {missing} of {total} promised images did not arrive. What arrived is kept: run the "
+            "same command again to fetch the rest, or set accept_partial to go on without them."
+        )
+    if resolver.usable():
         return
     remedy = ""
-    codes = count_codes(rejected)
     if "ID_MISSING" in codes:
         remedy = " Give a label table with a patient_id column, or set missing_patient to 'own'."
     elif "NO_LABEL" in codes:
         remedy = " Check that the label table belongs to this source and that its key column fits."
+    elif "HEAD_VOLUME" in codes:
+        remedy = " If the images are defaced, set heads to 'defaced'."
     raise SourceError(f"None of {total} files can be used: {_codes_text(codes)}.{remedy}")
 
 
-def _divide(
-    candidates: Sequence[_Labelled], rejected: list[Rejected], config: IngestConfig, pseudonymiser: Pseudonymiser
-) -> tuple[list[Accepted], list[int]]:
-    """Assign splits; images of a patient given for testing that are not for testing are turned away."""
-    members = [
-        Member(
-            patient=item.reading.patient,
-            label=item.label,
-            pixel_key=item.reading.pixel_key,
-            given_test=item.reading.given_test,
-        )
-        for item in candidates
-    ]
-    splits = assign_splits(members, fractions=config.fractions, pseudonymiser=pseudonymiser, seed=config.seed)
-    accepted: list[Accepted] = []
-    spooled: list[int] = []
-    for item, split in zip(candidates, splits, strict=True):
-        reading = item.reading
-        if split is None:
-            detail = "the patient is also given for testing"
-            rejected.append(Rejected(ordinal=reading.ordinal, code="ID_CONFLICT", detail=detail))
-            continue
-        instance = Instance(
-            uid=reading.uid,
-            patient=reading.patient,
-            label=item.label,
-            split=split,
-            row=len(accepted),
-            study=reading.study,
-            modality=reading.modality,
-            view=reading.view,
-            sex=reading.sex,
-            age_band=reading.age_band,
-            site=reading.site,
-            pixel_key=reading.pixel_key,
-        )
-        accepted.append(Accepted(ordinal=reading.ordinal, instance=instance, flags=reading.flags))
-        spooled.append(item.spooled)
-    return accepted, spooled
+def _write(folder: Path, resolver: Resolver, journal: Journal, profile: Mapping[str, Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+
+    def outcomes() -> Iterator[tuple[Accepted, NDArray[np.uint16]] | Rejected]:
+        for outcome, place in resolver.outcomes():
+            yield outcome if isinstance(outcome, Rejected) else (outcome, journal.pixels(place))
+
+    write_cohort(folder, outcomes(), profile)
 
 
-def _profile(
-    source: Source, config: IngestConfig, task: Task, accepted: Sequence[Accepted], rejected: Sequence[Rejected]
-) -> dict[str, Any]:
-    patients = {item.instance.patient for item in accepted}
-    libraries = ("numpy", "pydicom", "imagecodecs", "pillow")
+def _profile(source: Source, config: IngestConfig, task: Task, resolver: Resolver) -> dict[str, Any]:
     return {
         "task": task.to_json(),
         "source": type(source).__name__,
         "config": asdict(config),
-        "counts": {
-            "files": len(source),
-            "images": len(accepted),
-            "patients": len(patients),
-            "quarantine": count_codes(rejected),
-        },
-        "versions": {"medistill": medistill.__version__, **{name: version(name) for name in libraries}},
+        "counts": {"files": len(source), **resolver.counts(), "quarantine": resolver.codes()},
+        "versions": _versions(),
     }
 
 
-def _summarise(cohort: Cohort, rejected: Sequence[Rejected], warning: str, progress: Progress) -> None:
+def _summarise(
+    counts: Mapping[str, Any], task: Task, config: IngestConfig, warning: str, progress: Progress
+) -> None:
     if warning:
         progress.say(f"Warning: {warning}.")
-    progress.say(f"{len(cohort)} images of {len(cohort.patients)} patients, {len(rejected)} files in quarantine.")
-    if cohort.task.n_classes == 2 and not cohort.profile["config"]["classes"]:
+    quarantine = counts["quarantine"]
+    progress.say(
+        f"{counts['images']} images of {counts['patients']} patients, {sum(quarantine.values())} in quarantine."
+    )
+    if task.n_classes == 2 and not config.classes:
         progress.say(
-            f"Positive class: {cohort.task.class_names[1]!r}, the second in alphabetical order. "
+            f"Positive class: {task.class_names[1]!r}, the second in alphabetical order. "
             "If that is wrong, give the classes as NEGATIVE,POSITIVE."
         )
-    for code, count in count_codes(rejected).items():
+    for code, count in quarantine.items():
         progress.say(f"  {count:6d} {code:18s} {REASON_CODES[code]}")
 
 
@@ -367,20 +421,16 @@ def _check_notes(notes: Path | None, out: Path) -> None:
         raise ConfigError("The private notes must lie outside the cohort: they name original files.")
 
 
-def _write_notes(path: Path | None, source: Source, rejected: Sequence[Rejected]) -> None:
+def _write_notes(path: Path | None, resolver: Resolver) -> None:
     """Original path of every quarantined file, readable by the owner only."""
     if path is None:
         return
-    codes = {item.ordinal: item.code for item in rejected}
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             os.chmod(path, 0o600)
             writer = csv.writer(file)
-            writer.writerow(("ordinal", "code", "file"))
-            items = source.items() if codes else iter(())
-            writer.writerows(
-                (item.ordinal, codes[item.ordinal], item.name) for item in items if item.ordinal in codes
-            )
+            writer.writerow(("ordinal", "frame", "code", "file"))
+            writer.writerows(resolver.rejected_names())
     except OSError as error:
         raise OutputError("The private notes cannot be written. Name a file in a writable folder.") from error

@@ -5,10 +5,11 @@
     cohort/
       profile.json        schema version, task, how the images were made, counts, versions
       manifest.csv        one row per image or rejection; pseudonyms and reason codes only
-      shards/00000.safetensors    16-bit pixels of 500 images, shape (n, 1, h, w)
+      shards/00000.safetensors    16-bit pixels of 500 images, shape (n, 1, h, w), or volumes, (n, 1, d, h, w)
 
 A cohort appears complete or not at all: everything is written to a folder beside it, which is renamed at the end.
-Only its owner can open it until the owner decides otherwise.
+The manifest has one row per image or rejection in the order of the scan; ``frame`` counts images of one file from
+1. Only its owner can open it until the owner decides otherwise.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +39,20 @@ from medistill.ingest.quarantine import Rejected
 
 SCHEMA_VERSION = 1
 SHARD_SIZE = 500
+_OPEN_SHARDS = 64
 _KIND = "medistill cohort"
 _PROFILE, _MANIFEST, _SHARDS = "profile.json", "manifest.csv", "shards"
 _INSTANCE_COLUMNS = tuple(item.name for item in fields(Instance))
-_COLUMNS = ("ordinal", "outcome", "detail", "flags", *_INSTANCE_COLUMNS)
+_COLUMNS = ("ordinal", "frame", "outcome", "detail", "flags", *_INSTANCE_COLUMNS)
 _ACCEPTED = "ACCEPTED"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """An image of the cohort with its position in the scan and what was assumed about it."""
+    """An image of the cohort with its position in the scan (and in its file) and what was assumed about it."""
 
     ordinal: int
+    frame: int = 0
     instance: Instance
     flags: tuple[str, ...] = ()
 
@@ -59,20 +63,22 @@ class ShardStore:
 
     Args:
         folder: Folder of the shards.
-        shape: Shape of one image, ``(c, h, w)``.
+        shape: Shape of one image, ``(c, h, w)``, or of one volume, ``(c, d, h, w)``.
         count: Number of images.
     """
 
     folder: Path
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     count: int
 
     def read(self, rows: Sequence[int]) -> NDArray[np.uint16]:
-        """Pixels of some rows, shape ``(n, c, h, w)``; 0 is black and 65535 is white.
+        """Pixels of some rows, shape ``(n, *shape)``; 0 is black and 65535 is white.
 
         Raises:
             DataError: If there is no such row, or the shard is damaged.
         """
+        if len(rows) == 1:  # one image at random is what a data loader asks for
+            return self._read_one(int(rows[0]))
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.count:
             raise DataError(f"Expected rows from 0 to {self.count - 1}.")
@@ -82,22 +88,43 @@ class ShardStore:
             self._read_shard(int(shard), wanted[places] % SHARD_SIZE, places, pixels)
         return pixels
 
+    def _read_one(self, row: int) -> NDArray[np.uint16]:
+        if not 0 <= row < self.count:
+            raise DataError(f"Expected rows from 0 to {self.count - 1}.")
+        shard, place = divmod(row, SHARD_SIZE)
+        with _damage(shard):
+            one: NDArray[np.uint16] = self._content(shard)[place][None]
+        return one
+
     def _read_shard(
         self, shard: int, rows: NDArray[np.int64], places: NDArray[np.int64], pixels: NDArray[np.uint16]
     ) -> None:
-        try:
-            with safe_open(self.folder / shard_name(shard), framework="np") as file:
-                content = file.get_slice("pixels")
-                first, last = int(rows.min()), int(rows.max())
-                if last - first < 2 * len(rows):
-                    pixels[places] = content[first : last + 1][rows - first]
-                    return
-                for place, row in zip(places, rows, strict=True):
-                    pixels[place] = content[int(row)]
-        except (OSError, SafetensorError, ValueError) as error:
-            raise DataError(
-                f"Shard {shard} of the cohort is damaged or missing. Ingest the source again."
-            ) from error
+        with _damage(shard):
+            content = self._content(shard)
+            first, last = int(rows.min()), int(rows.max())
+            if last - first < 2 * len(rows):
+                pixels[places] = content[first : last + 1][rows - first]
+                return
+            for place, row in zip(places, rows, strict=True):
+                pixels[place] = content[int(row)]
+
+    def _content(self, shard: int) -> Any:
+        path = f"{self.folder}/{shard_name(shard)}"
+        return _open_shard(path, os.stat(path).st_mtime_ns)
+
+
+@contextmanager
+def _damage(shard: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"Shard {shard} of the cohort is damaged or missing. Ingest the source again.") from error
+
+
+@lru_cache(maxsize=_OPEN_SHARDS)
+def _open_shard(path: str, _changed: int) -> Any:
+    """Slices of a shard; kept open, because opening costs five times a read."""
+    return safe_open(path, framework="np").__enter__().get_slice("pixels")  # type: ignore[no-untyped-call]
 
 
 def shard_name(shard: int) -> str:
@@ -105,81 +132,54 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}.safetensors"
 
 
-class CohortWriter:
-    """Collects pixels in a temporary folder and writes a cohort from them; see :func:`open_writer`.
+def write_cohort(
+    folder: Path,
+    outcomes: Iterable[tuple[Accepted, NDArray[np.uint16]] | Rejected],
+    profile: Mapping[str, Any],
+) -> int:
+    """Write a cohort, holding one shard in memory.
 
     Args:
-        folder: Temporary folder.
-        size: Side length of the images.
+        folder: Existing empty folder.
+        outcomes: Images, in the order of their ``row``, with pixels of shape ``(c, h, w)`` or ``(c, d, h, w)``;
+            and rejections. Rows of the manifest keep this order.
+        profile: Task, configuration and counts as plain values.
+
+    Returns:
+        Number of images.
     """
+    (folder / _SHARDS).mkdir()
+    block: list[NDArray[np.uint16]] = []
+    images, shape = 0, (1, 0, 0)
+    with (folder / _MANIFEST).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for outcome in outcomes:
+            if isinstance(outcome, Rejected):
+                writer.writerow(_rejected_row(outcome))
+                continue
+            accepted, pixels = outcome
+            writer.writerow(_accepted_row(accepted))
+            shape = pixels.shape
+            block.append(pixels)
+            images += 1
+            if len(block) == SHARD_SIZE:
+                _write_shard(folder, (images - 1) // SHARD_SIZE, block)
+                block = []
+        _sync(file)
+    if block:
+        _write_shard(folder, (images - 1) // SHARD_SIZE, block)
+    header = {"kind": _KIND, "schema_version": SCHEMA_VERSION, "images": images, "shape": list(shape)}
+    with (folder / _PROFILE).open("w", encoding="utf-8") as file:
+        json.dump({**header, **profile}, file, indent=2)
+        _sync(file)
+    return images
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        self._size = size
-        self._spool = (folder / "spool").open("wb")
-        self._count = 0
 
-    def append(self, pixels: NDArray[np.uint16]) -> int:
-        """Keep the pixels of one image; returns their position in the spool."""
-        self._spool.write(np.ascontiguousarray(pixels, dtype="<u2").data)
-        self._count += 1
-        return self._count - 1
-
-    def finish(
-        self,
-        accepted: Sequence[Accepted],
-        spooled: Sequence[int],
-        rejected: Sequence[Rejected],
-        profile: dict[str, Any],
-    ) -> None:
-        """Write shards, manifest and profile.
-
-        Args:
-            accepted: Images in the order of their ``row``.
-            spooled: Position of each in the spool.
-            rejected: What stays out.
-            profile: Task, configuration and counts as plain values.
-        """
-        self._write_shards(spooled)
-        self._write_manifest(accepted, rejected)
-        shape = [1, self._size, self._size]
-        content = {
-            "kind": _KIND,
-            "schema_version": SCHEMA_VERSION,
-            "images": len(accepted),
-            "shape": shape,
-            **profile,
-        }
-        with (self.folder / _PROFILE).open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            _sync(file)
-
-    def _write_shards(self, spooled: Sequence[int]) -> None:
-        self._spool.close()
-        (self.folder / _SHARDS).mkdir()
-        shape = (self._count, 1, self._size, self._size)
-        spool = np.memmap(self.folder / "spool", dtype="<u2", mode="r", shape=shape)
-        for start in range(0, len(spooled), SHARD_SIZE):
-            block = np.ascontiguousarray(spool[list(spooled[start : start + SHARD_SIZE])])
-            path = self.folder / _SHARDS / shard_name(start // SHARD_SIZE)
-            with path.open("wb") as file:
-                file.write(save({"pixels": block}))
-                _sync(file)
-        del spool
-        (self.folder / "spool").unlink()
-
-    def _write_manifest(self, accepted: Sequence[Accepted], rejected: Sequence[Rejected]) -> None:
-        rows = [_accepted_row(item) for item in accepted]
-        rows += [{"ordinal": item.ordinal, "outcome": item.code, "detail": item.detail} for item in rejected]
-        with (self.folder / _MANIFEST).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: int(row["ordinal"])))
-            _sync(file)
-
-    def close(self) -> None:
-        """Close the spool."""
-        self._spool.close()
+def _write_shard(folder: Path, shard: int, block: Sequence[NDArray[np.uint16]]) -> None:
+    with (folder / _SHARDS / shard_name(shard)).open("wb") as file:
+        file.write(save({"pixels": np.ascontiguousarray(np.stack(block), dtype="<u2")}))
+        _sync(file)
 
 
 @contextmanager
@@ -208,18 +208,31 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def open_writer(out: Path, size: int) -> Iterator[CohortWriter]:
-    """Writer of a cohort that appears at ``out`` only if the block ends without an error.
+def working_folder(out: Path) -> Iterator[Path]:
+    """The folder beside ``out`` where an ingestion works; it stays when the block fails, for another try.
 
     Raises:
-        OutputError: See :func:`atomic_folder`.
+        OutputError: If ``out`` exists and is not empty, cannot be written, or the disk is full.
     """
-    with atomic_folder(out) as folder:
-        writer = CohortWriter(folder, size)
-        try:
-            yield writer
-        finally:
-            writer.close()
+    out = Path(out).absolute()
+    partial = out.parent / f".{out.name}.partial"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError("The output folder exists and is not empty. Name another folder, or remove this one.")
+    try:
+        partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield partial
+    except OSError as error:
+        raise OutputError(_explain(error)) from error
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Make the finished ``cohort`` of a working folder appear at ``out``, and remove the working folder."""
+    out = Path(out).absolute()
+    if out.exists():
+        out.rmdir()
+    (partial / "cohort").rename(out)
+    _sync_folder(out.parent)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_cohort(path: Path) -> Cohort:
@@ -236,7 +249,7 @@ def load_cohort(path: Path) -> Cohort:
         with (path / _MANIFEST).open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["outcome"] == _ACCEPTED]
         instances = tuple(sorted((_instance(row) for row in rows), key=lambda instance: instance.row))
-        channels, height, width = (int(value) for value in profile["shape"])
+        shape = tuple(int(value) for value in profile["shape"])
     except DataError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -245,7 +258,7 @@ def load_cohort(path: Path) -> Cohort:
         ) from error
     if [instance.row for instance in instances] != list(range(profile.get("images", -1))):
         raise SourceError("The cohort is damaged: its manifest is not complete. Ingest the source again.")
-    store = ShardStore(folder=path / _SHARDS, shape=(channels, height, width), count=len(instances))
+    store = ShardStore(folder=path / _SHARDS, shape=shape, count=len(instances))
     _check_shards(store)
     return Cohort(instances=instances, task=task, profile=profile, store=store)
 
@@ -281,12 +294,17 @@ def _accepted_row(item: Accepted) -> dict[str, Any]:
     values = {name: getattr(item.instance, name) for name in _INSTANCE_COLUMNS}
     return {
         "ordinal": item.ordinal,
+        "frame": item.frame or "",
         "outcome": _ACCEPTED,
         "detail": "",
         "flags": " ".join(item.flags),
         **values,
         "split": item.instance.split.value,
     }
+
+
+def _rejected_row(item: Rejected) -> dict[str, Any]:
+    return {"ordinal": item.ordinal, "frame": item.frame or "", "outcome": item.code, "detail": item.detail}
 
 
 def _instance(row: Mapping[str, str]) -> Instance:

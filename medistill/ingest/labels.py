@@ -20,7 +20,7 @@ from medistill.ingest.table import KEY_COLUMNS, Row, Table, lines_text, read_tab
 SPLIT_VALUES = frozenset({"", "train", "validation", "val", "holdout", "test"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """What the table says about one image or patient.
 
@@ -30,6 +30,7 @@ class Entry:
         label: Class, or empty.
         patient: Pseudonym, or empty.
         given_test: Whether the table puts it into the test split.
+        by_number: Whether it refers to a patient by the number alone, without its issuer.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Entry:
     label: str = field(repr=False)
     patient: str
     given_test: bool
+    by_number: bool = False
 
 
 class LabelTable:
@@ -134,7 +136,8 @@ def load_labels(
             kind=kind,
             lines=tuple(row.line for row in group),
             label=group[0].cells[column] if column else "",
-            patient=_patient(group[0], patient_column, pseudonymiser),
+            patient=_patient(table, group[0], patient_column, pseudonymiser),
+            by_number=kind == "patient" and not _issuer(table, group[0]),
             given_test=bool(split_column) and group[0].cells[split_column or ""].casefold() == "test",
         )
         for token, group in rows.items()
@@ -179,15 +182,23 @@ def references(table: Table, kind: str) -> Iterator[tuple[Row, str]]:
     unique = len({row.cells[column] for row in table.rows}) == len(table.rows)
     for row in table.rows:
         value = row.cells[column]
+        if value and kind == "patient":
+            yield row, table_key(kind, value, _issuer(table, row))
+            continue
         if value and split_column:
             yield row, table_key(kind, value, row.cells[split_column])
         if value and (unique or not split_column):
             yield row, table_key(kind, value)
 
 
-def _patient(row: Row, column: str | None, pseudonymiser: Pseudonymiser) -> str:
+def _issuer(table: Table, row: Row) -> str:
+    column = table.column("IssuerOfPatientID")
+    return row.cells[column] if column else ""
+
+
+def _patient(table: Table, row: Row, column: str | None, pseudonymiser: Pseudonymiser) -> str:
     value = row.cells[column] if column else ""
-    return pseudonymiser.patient("", value) if value else ""
+    return pseudonymiser.patient(_issuer(table, row), value) if value else ""
 
 
 def _conflicts(groups: list[list[Row]], columns: list[str | None]) -> list[str]:

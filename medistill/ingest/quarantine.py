@@ -33,7 +33,6 @@ REASON_CODES: dict[str, str] = {
     "NEST_LIMIT": "The header is nested too deeply.",
     "BAD_VR": "A header element has a malformed value.",
     "DIM_LIMIT": "The image is empty or too large.",
-    "MULTI_FRAME": "The file holds several frames, which this version does not read.",
     "BITS_INCONSISTENT": "Bits allocated, bits stored and high bit contradict each other.",
     "COLOUR_MISMATCH": "The colour description contradicts the pixel data.",
     "BAD_WINDOW": "The display window is not usable.",
@@ -45,7 +44,7 @@ REASON_CODES: dict[str, str] = {
     "ID_CONFLICT": "The patient's records contradict each other, or are given for testing and for training.",
     "LOCALISER": "The image is a localiser.",
     "NON_IMAGE_SOP": "The file is no diagnostic image, for example a report, a plan or a segmentation.",
-    "BURNED_IN": "The header says that text is burned into the pixels.",
+    "BURNED_IN": "Text is, or may be, burned into the pixels.",
     "HEAD_VOLUME": "A head volume that was not declared defaced.",
     "PHI_RESIDUAL": "Identifying text remained after de-identification.",
     "NET_PARTIAL": "The network transfer was not complete.",
@@ -61,6 +60,7 @@ class Rejected:
 
     Args:
         ordinal: Position of the file in the scan, from 0.
+        frame: Number of the image within the file from 1; 0 for the whole file.
         code: One of :data:`REASON_CODES`.
         detail: Form of what was found and expected; never a value of the file.
 
@@ -69,6 +69,7 @@ class Rejected:
     """
 
     ordinal: int
+    frame: int = 0
     code: str
     detail: str = ""
 

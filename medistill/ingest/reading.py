@@ -6,21 +6,33 @@ returns holds pseudonyms, values from closed lists, and reason codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medistill.errors import RejectedFile
+from medistill.ingest.burned_in import Outcome as TextOutcome
+from medistill.ingest.burned_in import Screen, TextPolicy
 from medistill.ingest.decode import silence
-from medistill.ingest.geometry import Fit, fit_square
+from medistill.ingest.geometry import Fit
 from medistill.ingest.headers import Header
 from medistill.ingest.identity import Pseudonymiser, age_band, normalise
 from medistill.ingest.intensity import Policy
 from medistill.ingest.quarantine import Rejected
+
+if TYPE_CHECKING:
+    from medistill.ingest.frames import Decoded
+    from medistill.ingest.volumes import DecodedVolume
+
+    Picture: TypeAlias = Decoded | DecodedVolume
+
+_BLOCK = 1 << 20
+_UNSEEN = np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,36 +41,26 @@ class Item:
 
     Args:
         ordinal: Position in the scan, from 0.
-        name: Path inside the source; may identify a patient, so it is not shown.
-        payload: What the source's ``decode`` needs: a path, bytes or an array.
+        name: Path inside the source, or UID in an archive; unique in the source. It may identify a patient, so it
+            is not shown.
+        payload: What the source's ``decode`` needs: a path, bytes, an array or a reference of the source's own.
         label: Class given by the source, or empty.
         split: Split given by the source, or empty.
         patient: Patient given by the source, or empty.
         index: Row inside the source, or empty.
+        refused: Reason code where the source itself knows that the item cannot be used, or empty.
+        refused_detail: Fixed words that explain it.
     """
 
     ordinal: int
     name: str = field(repr=False)
-    payload: Path | bytes | NDArray[Any] = field(repr=False)
+    payload: Any = field(repr=False)
     label: str = field(default="", repr=False)
     split: str = ""
     patient: str = field(default="", repr=False)
     index: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """A decoded image before it is made square.
-
-    Args:
-        grey: Grey levels in ``[0, 1]``, shape ``(h, w)``.
-        header: Identity and description; stays inside the reader.
-        flags: Assumptions that were made, as fixed words.
-    """
-
-    grey: NDArray[np.float32] = field(repr=False)
-    header: Header = field(default_factory=Header, repr=False)
-    flags: tuple[str, ...] = ()
+    refused: str = ""
+    refused_detail: str = ""
 
 
 class Source(Protocol):
@@ -77,12 +79,20 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of items."""
 
-    def items(self) -> Iterator[Item]:
-        """Candidates in a fixed order, without decoding them."""
+    def items(self, known: Container[str] = ()) -> Iterator[Item]:
+        """Candidates in a fixed order, without decoding them.
+
+        Args:
+            known: Names that an earlier, interrupted run has read. A source that would have to retrieve them again
+                yields them without payload; for files, the hash of their content decides.
+        """
 
     @property
-    def decode(self) -> Callable[[Any, Policy], Decoded]:
-        """Picklable function from a payload to an image; raises :class:`RejectedFile`."""
+    def decode(self) -> Callable[[Any, Policy], Iterator[Picture]]:
+        """Picklable function from a payload to its images; raises :class:`RejectedFile`.
+
+        It runs in a child process that may be killed.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +100,13 @@ class Reading:
     """What is known of one readable image; pseudonyms and closed lists only.
 
     Args:
-        ordinal: Position in the scan.
+        ordinal: Position of its item in the scan.
+        frame: Number within its item from 1; 0 where the item is one image.
         uid: Replacement UID.
         patient: Pseudonym, or empty where the source names no patient.
         bare_patient: Pseudonym of the same number without an issuer.
-        own_patient: Pseudonym that only this image has, for sources without patients.
+        own_patient: Pseudonym that only this item has, for sources without patients.
+        folder: Pseudonym of the folder that holds the item, or empty.
         keys: Keyed tokens that rows of a label table may match, most specific first.
         label: Class given by the source, or empty.
         given_test: Whether the source puts the image into the test split.
@@ -110,10 +122,12 @@ class Reading:
     """
 
     ordinal: int
+    frame: int = 0
     uid: str
     patient: str
     bare_patient: str
     own_patient: str
+    folder: str = ""
     keys: tuple[str, ...] = field(repr=False)
     label: str = field(default="", repr=False)
     given_test: bool = False
@@ -129,56 +143,150 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """An item with the content hash that an earlier run found, or empty."""
+
+    item: Item
+    expected: bytes = b""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Hash of an item's bytes (SHA-256); empty where the payload has no bytes to hash."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An item whose pixels must be read for text, which is left to a later pass."""
+
+
+#: What the reader gives for one item: its content hash first, then images and rejections.
+Found = Content | Deferred | Rejected | tuple[Reading, NDArray[np.uint16]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Picklable function from an item to a record and its pixels, or a rejection.
+    """Picklable function from an item to records and pixels, or rejections.
 
     Args:
         decode: The source's decode function.
         keys: The source's ways to be referred to.
         pseudonymiser: Replaces identifiers.
-        size: Side length of the stored square.
+        size: Side length of the stored square or cube.
         fit: How oblong images become square.
         policy: How grey levels are chosen.
-        allow_burned_in: Whether images marked as carrying text enter.
+        screen: What to do about text in pixels.
+        defaced: Whether volumes of heads may enter.
+        deferring: Whether items whose text must be read by OCR are put off, so that this process need not hold the
+            models, which are larger than everything else.
     """
 
-    decode: Callable[[Any, Policy], Decoded]
+    decode: Callable[[Any, Policy], Iterator[Picture]]
     keys: tuple[str, ...]
     pseudonymiser: Pseudonymiser
     size: int
     fit: Fit
     policy: Policy
-    allow_burned_in: bool = False
+    screen: Screen
+    defaced: bool = False
+    deferring: bool = False
 
-    def __call__(self, item: Item) -> tuple[Reading, NDArray[np.uint16]] | Rejected:
-        """Read one item; never raises for a bad file."""
+    def __call__(self, work: Work) -> Iterator[Found]:
+        """Read one item; never raises for a bad file except when memory runs out.
+
+        An item whose content is as expected ends after its :class:`Content`; one that comes without payload,
+        because an earlier run has read it, ends at once.
+        """
+        item = work.item
+        if item.payload is None and not item.refused:
+            return
         try:
+            if item.refused:
+                raise RejectedFile(item.refused, item.refused_detail)
+            digest = content_digest(item.payload)
+            yield Content(digest)
+            if digest and digest == work.expected:
+                return
             with silence():
-                decoded = self.decode(item.payload, self.policy)
-            if decoded.header.burned_in and not self.allow_burned_in:
-                raise RejectedFile("BURNED_IN")
-            pixels = fit_square(decoded.grey, self.size, self.fit)
+                for decoded in self.decode(item.payload, self.policy):
+                    found = self._image(item, decoded)
+                    yield found
+                    if isinstance(found, Deferred):
+                        return
         except RejectedFile as rejection:
-            return Rejected(ordinal=item.ordinal, code=rejection.code, detail=rejection.detail)
-        except MemoryError:
-            return Rejected(ordinal=item.ordinal, code="OOM_LIMIT")
+            yield Rejected(ordinal=item.ordinal, code=rejection.code, detail=rejection.detail)
         except RecursionError:
-            return Rejected(ordinal=item.ordinal, code="NEST_LIMIT")
+            yield Rejected(ordinal=item.ordinal, code="NEST_LIMIT")
+        except MemoryError:
+            raise
         except Exception:
-            return Rejected(ordinal=item.ordinal, code="CODEC_CRASH", detail="unexpected error while reading")
-        return self._record(item, decoded, pixels), pixels
+            yield Rejected(ordinal=item.ordinal, code="CODEC_CRASH", detail="unexpected error while reading")
 
-    def _record(self, item: Item, decoded: Decoded, pixels: NDArray[np.uint16]) -> Reading:
+    def _image(self, item: Item, decoded: Picture) -> Found:
+        """One image of an item; only images of files with several frames are turned away one by one."""
+        try:
+            self._check_kind(decoded.header)
+            screened = self._screened(item, decoded)
+        except RejectedFile as rejection:
+            if not decoded.frame:
+                raise
+            return Rejected(
+                ordinal=item.ordinal, frame=decoded.frame, code=rejection.code, detail=rejection.detail
+            )
+        if screened is None:
+            return Deferred()
+        pixels = screened.pixels(self.size, self.fit)
+        return self._record(item, screened, pixels), pixels
+
+    def _check_kind(self, header: Header) -> None:
+        if not header.diagnostic:
+            raise RejectedFile("NON_IMAGE_SOP")
+        if header.localiser:
+            raise RejectedFile("LOCALISER")
+        if header.head and not self.defaced:
+            raise RejectedFile("HEAD_VOLUME")
+
+    def _screened(self, item: Item, decoded: Picture) -> Picture | None:
+        """The image as it may enter, text blacked out where that is the policy; nothing if OCR must decide."""
+        header, policy = decoded.header, self.screen.policy
+        looked_at = decoded.grey() if policy is not TextPolicy.ALLOW else _UNSEEN
+        token, expected = self._token(item, decoded), header.burned_in or header.carries_text
+        screen = replace(self.screen, use_ocr=False) if self.deferring else self.screen
+        verdict = screen.look(
+            looked_at,
+            declared=header.burned_in,
+            risky=header.carries_text,
+            token=token,
+            outside=header.outside,
+        )
+        settled = policy is TextPolicy.ALLOW or (policy is TextPolicy.REJECT and expected)
+        doubtful = verdict.outcome is not TextOutcome.CLEAR or self.screen.sampled(token)
+        if self.deferring and self.screen.reads and doubtful and not settled:
+            return None
+        verdict.check()
+        decoded = decoded.masked(verdict.boxes) if verdict.boxes else decoded
+        return replace(decoded, flags=(*decoded.flags, *verdict.flags))
+
+    def _token(self, item: Item, decoded: Picture) -> bytes:
+        return self.pseudonymiser.digest("screen", f"{item.name} {decoded.frame}")
+
+    def _record(self, item: Item, decoded: Picture, pixels: NDArray[np.uint16]) -> Reading:
         header, secret = decoded.header, self.pseudonymiser
         patient_id = header.patient_id or item.patient
+        named = bool(patient_id.strip())
         pixel_key = secret.pixels(pixels)
         own_name = header.sop_uid or f"item {item.name} {pixel_key}"
+        folder = str(PurePosixPath(item.name).parent)
         return Reading(
             ordinal=item.ordinal,
-            uid=secret.uid(own_name),
+            frame=decoded.frame,
+            uid=secret.uid(f"{own_name} frame {decoded.frame}" if decoded.frame else own_name),
             own_patient=secret.token("own patient", own_name),
-            patient=secret.patient(header.issuer, patient_id) if patient_id.strip() else "",
-            bare_patient=secret.patient("", patient_id) if patient_id.strip() else "",
+            patient=secret.patient(header.issuer, patient_id) if named else "",
+            bare_patient=secret.patient("", patient_id) if named else "",
+            folder=secret.token("folder", folder) if folder != "." else "",
             keys=tuple(secret.token("key", key) for key in item_keys(self.keys, item, header)),
             label=item.label,
             given_test=item.split == "test",
@@ -194,20 +302,47 @@ class Reader:
         )
 
 
-def table_key(kind: str, value: str, split: str = "") -> str:
+def content_digest(payload: Any) -> bytes:
+    """SHA-256 of what a payload holds.
+
+    Args:
+        payload: A path, bytes, an array, or a tuple of paths; anything else has no content of its own.
+
+    Raises:
+        RejectedFile: READ_ERROR if a file cannot be read.
+    """
+    paths = (payload,) if isinstance(payload, Path) else payload
+    if isinstance(payload, bytes):
+        return hashlib.sha256(payload).digest()
+    if isinstance(payload, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(payload).data).digest()
+    if not isinstance(paths, tuple) or not all(isinstance(path, Path) for path in paths):
+        return b""
+    content = hashlib.sha256()
+    try:
+        for path in paths:
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    content.update(block)
+    except OSError:
+        raise RejectedFile("READ_ERROR") from None
+    return content.digest()
+
+
+def table_key(kind: str, value: str, within: str = "") -> str:
     """Canonical text of a reference to an image, before it is replaced by a token.
 
     Args:
         kind: ``sop``, ``file``, ``index`` or ``patient``.
         value: The reference as written in a table or found in a source.
-        split: Part of the reference for ``index``, where a source counts within splits.
+        within: Split for an ``index`` that counts within splits; issuer for a ``patient``.
     """
     if kind == "patient":
-        return f"patient|{normalise(value)}"
+        return f"patient|{normalise(within)}|{normalise(value)}"
     if kind == "file":
         return f"file|{PurePosixPath(value.strip().replace(chr(92), '/'))}"
     if kind == "index":
-        return f"index|{split.strip().casefold()}|{value.strip()}"
+        return f"index|{within.strip().casefold()}|{value.strip()}"
     return f"{kind}|{value.strip()}"
 
 
@@ -223,5 +358,6 @@ def item_keys(kinds: tuple[str, ...], item: Item, header: Header) -> Iterator[st
     if "index" in kinds:
         yield table_key("index", item.index, item.split)
         yield table_key("index", item.index)
-    if "patient" in kinds and header.patient_id:
-        yield table_key("patient", header.patient_id)
+    if "patient" in kinds and (number := header.patient_id or item.patient):
+        yield table_key("patient", number, header.issuer)
+        yield table_key("patient", number)

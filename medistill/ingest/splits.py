@@ -1,13 +1,14 @@
 """Patients divided into train, validation, holdout and test.
 
-Patients whose images have identical pixels are taken for one person and stay together. Within each class the order
-comes from a keyed hash, so a division is reproducible with the key and the seed, and cannot be guessed without.
+Patients who share an image (identical pixels) or a study are taken for one person and stay together. Within each
+class the order comes from a keyed hash, so a division is reproducible with the key and the seed, and cannot be
+guessed without.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from medistill.core.cohort import Split
@@ -57,23 +58,26 @@ class SplitFractions:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What decides where one image goes.
+    """What decides where images of a patient go.
 
     Args:
         patient: Pseudonym.
         label: Class.
-        pixel_key: Keyed hash of the pixels.
         given_test: Whether the source puts the image into the test split.
     """
 
     patient: str
     label: str
-    pixel_key: str
     given_test: bool = False
 
 
 def assign_splits(
-    members: Sequence[Member], *, fractions: SplitFractions, pseudonymiser: Pseudonymiser, seed: int
+    members: Sequence[Member],
+    *,
+    links: Iterable[tuple[str, str]] = (),
+    fractions: SplitFractions,
+    pseudonymiser: Pseudonymiser,
+    seed: int,
 ) -> list[Split | None]:
     """Divide images by patient.
 
@@ -81,7 +85,8 @@ def assign_splits(
     calls them. A patient with several classes is drawn with the rarest of them.
 
     Args:
-        members: Images.
+        members: Images, or one member for all images of a patient with the same class and ``given_test``.
+        links: Pairs of patients who are one person.
         fractions: Share of patients per split.
         pseudonymiser: Orders patients under its key.
         seed: Another seed gives another division.
@@ -92,7 +97,7 @@ def assign_splits(
     Raises:
         SourceError: If a class has too few patients; says how many were found and needed.
     """
-    person = _persons(members)
+    person = _persons(members, links)
     tested = {person[member.patient] for member in members if member.given_test}
     shares = fractions.shares(given_test=bool(tested))
     home: dict[str, Split] = {}
@@ -110,8 +115,8 @@ def _place(member: Member, patient: str, tested: set[str], home: dict[str, Split
     return home[patient]
 
 
-def _persons(members: Sequence[Member]) -> dict[str, str]:
-    """Representative of each patient, by union-find over identical pixels."""
+def _persons(members: Sequence[Member], links: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Representative of each patient, by union-find."""
     parent = {member.patient: member.patient for member in members}
 
     def find(patient: str) -> str:
@@ -120,12 +125,9 @@ def _persons(members: Sequence[Member]) -> dict[str, str]:
             patient = parent[patient]
         return patient
 
-    owner: dict[str, str] = {}
-    for member in members:
-        if not member.pixel_key:
-            continue
-        one, other = find(member.patient), find(owner.setdefault(member.pixel_key, member.patient))
-        parent[max(one, other)] = min(one, other)
+    for one, other in links:
+        first, second = find(one), find(other)
+        parent[max(first, second)] = min(first, second)
     return {patient: find(patient) for patient in parent}
 
 

@@ -28,11 +28,12 @@ from pydicom.uid import (
 from medistill.errors import ConfigError, LabelError, RejectedFile, SourceError
 from medistill.ingest.cache import atomic_folder
 from medistill.ingest.decode import silence
+from medistill.ingest.frames import Decoded
 from medistill.ingest.headers import MODALITIES, Header
 from medistill.ingest.intensity import Policy
 from medistill.ingest.labels import references
 from medistill.ingest.quarantine import Rejected, count_codes
-from medistill.ingest.reading import Decoded, Item, item_keys
+from medistill.ingest.reading import Item, item_keys
 from medistill.ingest.sources import source_for
 from medistill.ingest.sources.folder import FolderSource
 from medistill.ingest.table import Row, Table, lines_text, read_table
@@ -212,10 +213,10 @@ def _wrap_one(job: _Job, *, decode: Any, folder: Path, modality: str) -> dict[st
     """Write one file; returns its row of the label table."""
     try:
         with silence():
-            decoded: Decoded = decode(job.item.payload, Policy.NONE)
+            decoded: Decoded = next(decode(job.item.payload, Policy.NONE))
     except RejectedFile as rejection:
         return Rejected(ordinal=job.item.ordinal, code=rejection.code, detail=rejection.detail)
-    pixels = np.rint(np.clip(decoded.grey, 0, 1) * 255).astype(np.uint8)
+    pixels = np.rint(np.clip(decoded.grey(), 0, 1) * 255).astype(np.uint8)
     dataset = _dataset(job, pixels, modality)
     if (content := _jpeg_content(job.item.payload)) is not None:
         dataset.LossyImageCompression = "01"

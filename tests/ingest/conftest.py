@@ -87,7 +87,8 @@ def clinic(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         for number in range(2 * patients):
             path = tmp_path / "scans" / f"{number:03d}.dcm"
             pixels = rng.integers(0, 256, (16, 12), dtype=np.uint8)
-            made = make_dicom(path, pixels, PatientID=f"P{number // 2}", **values)
+            owner = {"PatientID": f"P{number // 2}", "StudyInstanceUID": f"1.2.4.{number // 2 + 1}"}
+            made = make_dicom(path, pixels, **{**owner, **values})
             rows.append([made.SOPInstanceUID, "sick" if number // 2 % 2 else "well"])
         return tmp_path / "scans", write_csv(tmp_path / "labels.csv", rows)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from medistill.core.cohort import Instance, Split
 from medistill.core.task import Task
 from medistill.errors import DataError, OutputError, SourceError
-from medistill.ingest.cache import Accepted, atomic_folder, load_cohort, open_writer
+from medistill.ingest.cache import Accepted, atomic_folder, load_cohort, write_cohort
 from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.quarantine import Rejected
 from tests.ingest.conftest import KEY
@@ -21,25 +22,21 @@ TASK = Task.single_label(("a", "b"))
 
 def write(out: Path, count: int = 501) -> np.ndarray:
     pixels = np.random.default_rng(0).integers(0, 65536, (count, 8, 8), dtype=np.uint16)
-    with open_writer(out, 8) as writer:
-        for image in pixels:
-            writer.append(image)
-        accepted = [
-            Accepted(
-                ordinal=row + 1,
-                flags=("colour",),
-                instance=Instance(
-                    uid=SECRET.uid(str(row)),
-                    patient=SECRET.patient("", str(row)),
-                    label="a",
-                    split=Split.TRAIN,
-                    row=row,
-                ),
+
+    def outcomes() -> Iterator[tuple[Accepted, np.ndarray] | Rejected]:
+        yield Rejected(ordinal=0, code="NO_LABEL")
+        for row, image in enumerate(pixels[1:][::-1]):
+            instance = Instance(
+                uid=SECRET.uid(str(row)),
+                patient=SECRET.patient("", str(row)),
+                label="a",
+                split=Split.TRAIN,
+                row=row,
             )
-            for row in range(count - 1)
-        ]
-        spooled = list(range(1, count))[::-1]
-        writer.finish(accepted, spooled, [Rejected(ordinal=0, code="NO_LABEL")], {"task": TASK.to_json()})
+            yield Accepted(ordinal=row + 1, flags=("colour",), instance=instance), image[None]
+
+    with atomic_folder(out) as folder:
+        assert write_cohort(folder, outcomes(), {"task": TASK.to_json()}) == count - 1
     return pixels[1:][::-1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from medistill.core.cohort import Cohort
 from medistill.errors import ConfigError, LabelError, MedistillError, OutputError, SourceError
 from medistill.ingest import IngestConfig, ingest, load_cohort
 from medistill.ingest.sources import FolderSource
-from medistill.progress import Progress
 from tests.ingest.conftest import KEY, Recorder, make_dicom, write_csv
 
 Clinic = Callable[..., tuple[Path, Path]]
-SMALL = IngestConfig(size=16)
+SMALL = IngestConfig(size=16, burned_in="allow")
 
 
 def quarantine(cohort: Cohort) -> dict[str, int]:
@@ -37,7 +36,7 @@ def test_clinic(clinic: Clinic, tmp_path: Path, recorder: Recorder) -> None:
     assert (len(cohort), len(cohort.patients)) == (32, 16)
     assert cohort.task.class_names == ("sick", "well")
     assert all(count["patients"] >= 2 for count in cohort.counts().values())
-    assert recorder.messages[0] == "32 images of 16 patients, 0 files in quarantine."
+    assert recorder.messages[0] == "32 images of 16 patients, 0 in quarantine."
     assert recorder.messages[1].startswith("Positive class: 'well'")
     assert load_cohort(tmp_path / "cohort").instances == cohort.instances
     assert cohort.profile["config"]["size"] == 16
@@ -92,7 +91,7 @@ def test_no_identifier_survives(clinic: Clinic, tmp_path: Path, recorder: Record
             for encoding in ("utf-8", "latin-1", "utf-16-le", "utf-16-be"):
                 assert text.encode(encoding) not in output, "a planted value survived"
     assert {instance.age_band for instance in cohort.instances} == {"70-79"}
-    assert quarantine(cohort) == {"BURNED_IN": 1, "NOT_DICOM": 1}
+    assert quarantine(cohort) == {"NO_LABEL": 1, "NOT_DICOM": 1}
 
 
 def test_errors_carry_no_identifier(clinic: Clinic, tmp_path: Path) -> None:
@@ -107,24 +106,6 @@ def test_errors_carry_no_identifier(clinic: Clinic, tmp_path: Path) -> None:
         assert not any(word in str(chain) for word in ("Quokkasson", "Zanzibar", "P3", "scans"))
         chain = chain.__cause__ or chain.__context__
     assert not (tmp_path / "cohort").exists()
-
-
-class Interrupting(Progress):
-    def track(
-        self, items: Iterable[Any], description: str, *, total: int | None = None, completed: int = 0
-    ) -> Iterator[Any]:
-        for number, item in enumerate(items):
-            if number == 5:
-                raise KeyboardInterrupt
-            yield item
-
-
-def test_interruption_leaves_nothing(clinic: Clinic, tmp_path: Path) -> None:
-    scans, labels = clinic()
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=SMALL, progress=Interrupting())
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_full_output_folder(clinic: Clinic, tmp_path: Path) -> None:
@@ -160,10 +141,10 @@ def test_missing_patients(clinic: Clinic, tmp_path: Path) -> None:
         make_dicom(scans / f"{number:03d}.dcm", pixels, PatientID="", StudyInstanceUID=f"1.5.{number // 2}")
     with pytest.raises(SourceError, match=r"32 ID_MISSING.*missing_patient"):
         ingest(scans, tmp_path / "no", key=KEY, labels=labels, config=SMALL)
-    own = IngestConfig(size=16, missing_patient="own")
+    own = IngestConfig(size=16, burned_in="allow", missing_patient="own")
     cohort = ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=own)
     assert len(cohort.patients) == 16
-    assert (tmp_path / "cohort" / "manifest.csv").read_text().count("no_patient_id") == 32
+    assert (tmp_path / "cohort" / "manifest.csv").read_text().count("patient_is_study") == 32
 
 
 def test_unlabelled_images_and_rows_are_counted(clinic: Clinic, tmp_path: Path, recorder: Recorder) -> None:
@@ -187,7 +168,10 @@ def test_private_notes(clinic: Clinic, tmp_path: Path) -> None:
     ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=SMALL, private_notes=notes)
     assert stat.S_IMODE(notes.stat().st_mode) == 0o600
     with notes.open(encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [["ordinal", "code", "file"], ["32", "NOT_DICOM", "deep/Müller.txt"]]
+        assert list(csv.reader(file)) == [
+            ["ordinal", "frame", "code", "file"],
+            ["32", "0", "NOT_DICOM", "deep/Müller.txt"],
+        ]
     with pytest.raises(ConfigError, match="outside"):
         ingest(scans, tmp_path / "two", key=KEY, labels=labels, private_notes=tmp_path / "two" / "notes.csv")
 
@@ -234,7 +218,7 @@ def test_table_without_labels_leaves_the_rest_without_patient(tmp_path: Path) ->
     table = write_csv(tmp_path / "t.csv", rows)
     cohort = ingest(tmp_path / "a.npz", tmp_path / "one", key=KEY, labels=table, config=SMALL)
     assert quarantine(cohort) == {"ID_MISSING": 4}
-    own = IngestConfig(size=16, missing_patient="own")
+    own = IngestConfig(size=16, burned_in="allow", missing_patient="own")
     assert len(ingest(tmp_path / "a.npz", tmp_path / "two", key=KEY, labels=table, config=own)) == 24
 
 
@@ -262,15 +246,18 @@ def test_real_files_are_all_accounted_for(data: Path, tmp_path: Path) -> None:
     names = [item.name for item in source.items()]
     rows = [["file", "label"], *([name, str(index % 2)] for index, name in enumerate(names))]
     table = write_csv(tmp_path / "t.csv", rows)
-    fractions = IngestConfig(size=32, missing_patient="own")
+    fractions = IngestConfig(size=32, burned_in="allow", missing_patient="own")
     notes = tmp_path / "notes.csv"
     cohort = ingest(
         source, tmp_path / "cohort", key=KEY, labels=table, config=fractions, private_notes=notes, jobs=1
     )
     with (tmp_path / "cohort" / "manifest.csv").open(encoding="utf-8") as file:
-        ordinals = [int(row["ordinal"]) for row in csv.DictReader(file)]
-    assert ordinals == list(range(len(names)))
-    assert len(cohort) + sum(quarantine(cohort).values()) == len(names)
+        rows = list(csv.DictReader(file))
+    ordinals = [int(row["ordinal"]) for row in rows]
+    assert ordinals == sorted(ordinals)
+    assert set(ordinals) == set(range(len(names)))
+    assert sum(row["frame"] in ("", "1") for row in rows) == len(names)
+    assert len(cohort) + sum(quarantine(cohort).values()) == len(rows)
     output = all_bytes(tmp_path / "cohort")
     for word in (b"CompressedSamples", b"Lestrade", b"Doe^", b"KAUFMAN", b"SIMPSON", b"16d7f894", b".dcm"):
         assert word not in output

@@ -11,7 +11,7 @@ from medistill.errors import SourceError
 from medistill.ingest import IngestConfig, ingest
 from tests.ingest.conftest import KEY, make_dicom, write_csv
 
-SIZE = IngestConfig(size=16, missing_patient="own")
+SIZE = IngestConfig(size=16, burned_in="allow", missing_patient="own")
 
 
 def _scans(folder: Path, change: str) -> Path:
@@ -47,12 +47,12 @@ def _npz(path: Path, splits: list[str]) -> Path:
 
 def test_a_given_test_split_is_honoured_however_it_is_spelled(tmp_path: Path) -> None:
     source = _npz(tmp_path / "a.npz", ["Test "] * 12 + ["TRAIN"] * 48)
-    cohort = ingest(source, tmp_path / "cohort", key=KEY, config=IngestConfig(size=8), jobs=1)
+    cohort = ingest(source, tmp_path / "cohort", key=KEY, config=IngestConfig(size=8, burned_in="allow"), jobs=1)
     assert cohort.counts()["test"]["images"] == 12
 
 
 def test_a_split_nobody_knows_is_refused(tmp_path: Path) -> None:
     source = _npz(tmp_path / "a.npz", ["tset"] * 12 + ["train"] * 48)
     with pytest.raises(SourceError, match="12 values") as caught:
-        ingest(source, tmp_path / "cohort", key=KEY, config=IngestConfig(size=8), jobs=1)
+        ingest(source, tmp_path / "cohort", key=KEY, config=IngestConfig(size=8, burned_in="allow"), jobs=1)
     assert "tset" not in str(caught.value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -15,15 +16,19 @@ from tests.ingest.conftest import KEY
 SECRET = Pseudonymiser(KEY)
 
 
-def assign(members: list[Member], seed: int = 0, key: bytes = KEY) -> list[Split | None]:
-    return assign_splits(members, fractions=SplitFractions(), pseudonymiser=Pseudonymiser(key), seed=seed)
+def assign(
+    members: list[Member], seed: int = 0, key: bytes = KEY, links: Sequence[tuple[str, str]] = ()
+) -> list[Split | None]:
+    return assign_splits(
+        members, links=links, fractions=SplitFractions(), pseudonymiser=Pseudonymiser(key), seed=seed
+    )
 
 
 def crowd(patients: int, classes: int = 2, images: int = 2) -> list[Member]:
     return [
-        Member(patient=f"p{number:04d}", label=f"c{number % classes}", pixel_key=f"{number}/{image}")
+        Member(patient=f"p{number:04d}", label=f"c{number % classes}")
         for number in range(patients)
-        for image in range(images)
+        for _ in range(images)
     ]
 
 
@@ -39,22 +44,18 @@ def test_persons_stay_together_and_classes_are_balanced(
     patients: int, classes: int, images: int, seed: int, twins: list[tuple[int, int]]
 ) -> None:
     members = crowd(patients, classes, images)
-    members += [
-        Member(patient=f"p{number:04d}", label=f"c{number % classes}", pixel_key=f"twin {index}")
-        for index, pair in enumerate(twins)
-        for number in pair
-    ]
+    links = [(f"p{one:04d}", f"p{other:04d}") for one, other in twins]
     try:
-        places = assign(members, seed)
+        places = assign(members, seed, links=links)
     except SourceError:
         assert twins  # merging can leave a class with too few persons
         return
-    assert places == assign(members, seed)
+    assert places == assign(members, seed, links=links)
     home: dict[str, set[Split | None]] = defaultdict(set)
     for member, place in zip(members, places, strict=True):
         home[member.patient].add(place)
-        home[member.pixel_key].add(place)
     assert all(len(found) == 1 for found in home.values())
+    assert all(home[one] == home[other] for one, other in links)
     if not twins:
         for label in {member.label for member in members}:
             mine = {m.patient: p for m, p in zip(members, places, strict=True) if m.label == label}
@@ -79,8 +80,8 @@ def test_key_and_seed_change_the_division() -> None:
 
 def test_given_test_stays_and_its_patients_leave_the_rest() -> None:
     members = crowd(40, images=1)
-    members += [Member(patient=f"t{n}", label=f"c{n % 2}", pixel_key=f"t{n}", given_test=True) for n in range(4)]
-    members += [Member(patient="t0", label="c0", pixel_key="again")]
+    members += [Member(patient=f"t{n}", label=f"c{n % 2}", given_test=True) for n in range(4)]
+    members += [Member(patient="t0", label="c0")]
     places = assign(members)
     assert places[-1] is None
     assert set(places[-5:-1]) == {Split.TEST}
@@ -96,7 +97,7 @@ def test_too_few_patients_are_explained() -> None:
 
 def test_patient_with_two_classes_counts_for_both() -> None:
     members = crowd(40, images=1)
-    members += [Member(patient=f"p{n:04d}", label="rare", pixel_key=f"rare {n}") for n in range(8)]
+    members += [Member(patient=f"p{n:04d}", label="rare") for n in range(8)]
     places = assign(members)
     assert {place for member, place in zip(members, places, strict=True) if member.label == "rare"} == set(Split)
 

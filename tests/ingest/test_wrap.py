@@ -34,7 +34,7 @@ def wrap(pictures: tuple[Path, Path, list[np.ndarray]], out: Path, **values: obj
 
 def test_pixels_survive_the_round_trip(pictures: tuple[Path, Path, list[np.ndarray]], tmp_path: Path) -> None:
     out = wrap(pictures, tmp_path / "dicom")
-    config = IngestConfig(size=19, fit="stretch", classes=("normal", "pneumonia"))
+    config = IngestConfig(size=19, burned_in="allow", fit="stretch", classes=("normal", "pneumonia"))
     cohort = ingest(out / "images", tmp_path / "cohort", key=KEY, labels=out / "labels.csv", config=config)
     assert len(cohort.patients) == 12
     stored = cohort.store.read(range(24))[:, 0]

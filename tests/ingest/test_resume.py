@@ -1,0 +1,200 @@
+"""Whatever stops an ingestion, running it again loses nothing and counts nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medistill.errors import OutputError, SourceError
+from medistill.ingest import IngestConfig, ingest
+from medistill.ingest.intensity import Policy
+from medistill.ingest.sources.folder import FolderSource, decode_dicom
+from medistill.progress import Progress
+from tests.ingest.conftest import KEY, Recorder, make_dicom, write_csv
+
+Clinic = Callable[..., tuple[Path, Path]]
+SMALL = IngestConfig(size=16, burned_in="allow")
+
+
+class Interrupting(Progress):
+    """Presses Ctrl-C after some items."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def track(
+        self, items: Iterable[Any], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == self.after:
+                raise KeyboardInterrupt
+            yield item
+
+
+class Counting(FolderSource):
+    """Leaves a mark for every file that is decoded."""
+
+    @property
+    def decode(self) -> Any:
+        return decode_and_count
+
+
+def decode_and_count(path: Path, policy: Policy) -> Iterator[Any]:
+    mark = path.parents[1] / "decoded"
+    with mark.open("a") as file:
+        file.write(f"{path.name}\n")
+    yield from decode_dicom(path, policy)
+
+
+def decoded(folder: Path) -> list[str]:
+    mark = folder / "decoded"
+    names = mark.read_text().split() if mark.exists() else []
+    mark.unlink(missing_ok=True)
+    return sorted(names)
+
+
+def content(cohort: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cohort)): path.read_bytes() for path in cohort.rglob("*") if path.is_file()}
+
+
+def run(scans: Path, labels: Path, out: Path, progress: Progress | None = None, **changes: Any) -> Any:
+    config = IngestConfig(size=16, burned_in="allow", **changes)
+    return ingest(Counting(scans), out, key=KEY, labels=labels, config=config, jobs=1, progress=progress)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(clinic: Clinic, tmp_path: Path, recorder: Recorder) -> None:
+    scans, labels = clinic()
+    run(scans, labels, tmp_path / "whole")
+    decoded(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(20))
+    assert not (tmp_path / "cohort").exists()
+    first = decoded(tmp_path)
+    assert len(first) >= 20
+    run(scans, labels, tmp_path / "cohort", recorder)
+    again = decoded(tmp_path)
+    assert len(again) == 32 - 21
+    assert any("earlier run" in message for message in recorder.messages)
+    assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+    assert not (tmp_path / ".cohort.partial").exists()
+
+
+def test_files_that_changed_vanished_or_came_meanwhile(clinic: Clinic, tmp_path: Path) -> None:
+    scans, labels = clinic(patients=20)
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(30))
+    decoded(tmp_path)
+    (scans / "000.dcm").unlink()
+    pixels = np.full((16, 12), 99, dtype=np.uint8)
+    make_dicom(scans / "001.dcm", pixels, PatientID="P0", StudyInstanceUID="1.2.4.1", SOPInstanceUID="1.2.3.1001")
+    (scans / "00.dcm").write_text("comes first in the scan")
+    cohort = run(scans, labels, tmp_path / "cohort")
+    names = decoded(tmp_path)
+    assert "000.dcm" not in names
+    assert {"001.dcm", "00.dcm", "039.dcm"} <= set(names)
+    assert len(names) <= 11
+    run(scans, labels, tmp_path / "whole")
+    assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+    assert (len(cohort), cohort.profile["counts"]["quarantine"]) == (39, {"NOT_DICOM": 1})
+
+
+def test_a_mistake_in_the_labels_costs_no_second_reading(clinic: Clinic, tmp_path: Path) -> None:
+    scans, labels = clinic()
+    wrong = write_csv(tmp_path / "wrong.csv", [["SOPInstanceUID", "label"], ["1.2.3.9", "well"]])
+    with pytest.raises(SourceError, match="32 NO_LABEL"):
+        ingest(Counting(scans), tmp_path / "cohort", key=KEY, labels=wrong, config=SMALL, jobs=1)
+    assert len(decoded(tmp_path)) == 32
+    assert len(run(scans, labels, tmp_path / "cohort")) == 32
+    assert decoded(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [{"intensity": "none"}, {"fit": "crop"}])
+def test_other_settings_begin_again(clinic: Clinic, tmp_path: Path, change: dict[str, Any]) -> None:
+    scans, labels = clinic()
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(30))
+    decoded(tmp_path)
+    run(scans, labels, tmp_path / "cohort", **change)
+    assert len(decoded(tmp_path)) == 32
+
+
+@pytest.mark.parametrize("damage", ["journal", "spool", "both"])
+def test_a_damaged_working_folder_is_not_trusted(clinic: Clinic, tmp_path: Path, damage: str) -> None:
+    scans, labels = clinic()
+    run(scans, labels, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(30))
+    partial = tmp_path / ".cohort.partial"
+    if damage in ("journal", "both"):
+        for file in partial.glob("journal.sqlite*"):
+            file.write_bytes(b"not a database" * 100)
+    if damage in ("spool", "both"):
+        os.truncate(partial / "spool", 5 * 512 + 7)
+    run(scans, labels, tmp_path / "cohort")
+    assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+
+
+def test_only_one_process_writes_a_cohort(clinic: Clinic, tmp_path: Path) -> None:
+    scans, labels = clinic()
+
+    class Second(Progress):
+        def track(self, items: Iterable[Any], description: str, **_: Any) -> Iterator[Any]:
+            with pytest.raises(OutputError, match="Another process"):
+                run(scans, labels, tmp_path / "cohort")
+            yield from items
+
+    run(scans, labels, tmp_path / "cohort", Second())
+    assert len(content(tmp_path / "cohort")) == 3
+
+
+@pytest.mark.parametrize("delay", [0.6, 0.9, 1.3])
+def test_killed_at_any_moment(clinic: Clinic, tmp_path: Path, delay: float) -> None:
+    scans, labels = clinic(patients=60)
+    run(scans, labels, tmp_path / "whole")
+    script = tmp_path / "main.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            from pathlib import Path
+            from medistill.ingest import IngestConfig, ingest
+            ingest({str(scans)!r}, Path({str(tmp_path / "cohort")!r}), key=bytes(range(32)),
+                   labels=Path({str(labels)!r}), config=IngestConfig(size=16, burned_in="allow"), jobs=2)
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(2):
+        with subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.PIPE) as main:
+            time.sleep(delay)
+            main.send_signal(signal.SIGKILL)
+        if (tmp_path / "cohort").exists():
+            break
+    if not (tmp_path / "cohort").exists():
+        ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=SMALL, jobs=2)
+    mine, other = content(tmp_path / "cohort"), content(tmp_path / "whole")
+    assert mine.pop("profile.json").replace(b"FolderSource", b"Counting") == other.pop("profile.json")
+    assert mine == other
+
+
+def test_the_working_folder_holds_no_identifier(clinic: Clinic, tmp_path: Path) -> None:
+    scans, labels = clinic(PatientName="Quokkasson", InstitutionName="Quokka Hill")
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(30))
+    partial = tmp_path / ".cohort.partial"
+    assert partial.stat().st_mode & 0o077 == 0
+    written = b"".join(path.read_bytes() for path in partial.iterdir())
+    assert not any(word in written for word in (b"Quokka", b"1.2.3.1", b"1.2.4.", b".dcm"))
+    with sqlite3.connect(partial / "journal.sqlite") as rows:
+        assert rows.execute("select count(*) from image").fetchone()[0] >= 30
+    rows.close()
