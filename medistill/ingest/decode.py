@@ -385,7 +385,9 @@ def _read_pixel_tag(file: BinaryIO, *, little: bool) -> tuple[str, str, int]:
     if len(head) < 8:
         return "", "", 0
     group, element = struct.unpack(f"{order}HH", head[:4])
-    keyword = _PIXEL_TAGS[group << 16 | element]
+    keyword = _PIXEL_TAGS.get(group << 16 | element)
+    if keyword is None:
+        raise RejectedFile("BAD_VR", "the elements before the pixel data cannot be told apart")
     if head[4:6] not in _PIXEL_VRS:
         return keyword, "OW", struct.unpack(f"{order}L", head[4:])[0]
     length = file.read(4)

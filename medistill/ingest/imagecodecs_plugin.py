@@ -6,6 +6,7 @@ JPEG-LS and run lengths. Register it with :func:`register`; pydicom calls the re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def _decoder(syntax: str, samples: int) -> Callable[[bytes], NDArray[np.generic]
     decoders: tuple[tuple[tuple[str, ...], Any], ...] = (
         (_JPEG, imagecodecs.jpeg8_decode),
         (_JPEG_LS, imagecodecs.jpegls_decode),
-        (_HTJ2K, imagecodecs.htj2k_decode),
+        (_HTJ2K, _whole_htj2k),
         (_JPEG_2000, imagecodecs.jpeg2k_decode),
     )
     chosen: Callable[[bytes], NDArray[np.generic]] = next(decode for known, decode in decoders if syntax in known)
@@ -95,6 +96,20 @@ def _decoder(syntax: str, samples: int) -> Callable[[bytes], NDArray[np.generic]
 def _raw_jpeg(source: bytes) -> NDArray[np.generic]:
     """Components as they are coded: naming the same colour space twice switches conversion off."""
     components: NDArray[np.generic] = imagecodecs.jpeg8_decode(source, colorspace="YCBCR", outcolorspace="YCBCR")
+    return components
+
+
+def _whole_htj2k(source: bytes) -> NDArray[np.generic]:
+    """A codestream without damage: the decoder reports errors in C and then returns what it has."""
+    reported: list[bool] = []
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: reported.append(True)
+    try:
+        components: NDArray[np.generic] = imagecodecs.htj2k_decode(source)
+    finally:
+        sys.unraisablehook = before
+    if reported:
+        raise ValueError("the codestream is damaged")
     return components
 
 

@@ -707,3 +707,20 @@ def test_colours_agree_with_pydicom(data: Path) -> None:
             np.testing.assert_allclose(frame.grey(), expected, atol=1e-6, err_msg=path.name)
         compared += 1
     assert compared >= 10
+
+
+def test_a_damaged_htj2k_stream_is_not_half_an_image(data: Path) -> None:
+    """The codec reports damage where nobody listens and returns an image all the same."""
+    path = next(
+        path
+        for path in sorted((data / "dicom" / "valid").iterdir())
+        if b"1.2.840.10008.1.2.4.20" in path.read_bytes()[:1000]
+    )
+    content = path.read_bytes()
+    assert next(decode_dicom(content, Policy.NONE)).stored.size
+    damaged = bytearray(content)
+    for position in range(len(content) - 2000, len(content) - 200, 7):
+        damaged[position] ^= 0x55
+    with silence(), pytest.raises(RejectedFile) as caught:
+        next(decode_dicom(bytes(damaged), Policy.NONE))
+    assert caught.value.code == "CODEC_FAIL"
