@@ -126,6 +126,47 @@ def ingest(
 
 @app.command()
 @guarded
+def deidentify(
+    source: Annotated[str, typer.Argument(help="Folder, archive or DICOMDIR of DICOM files.")],
+    out: Annotated[Path, typer.Option(help="New folder for the files and manifest.csv.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Secret key of the pseudonyms; made if absent. Keep it inside.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="YAML that says what else is kept or dropped.")] = None,
+    burned_in: Annotated[BurnedIn, typer.Option(help="Images with text in their pixels.")] = BurnedIn.REJECT,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
+) -> None:
+    """Write de-identified DICOM: each file rebuilt from a list of what may stay, then searched for what may not.
+
+    The key, `OUT.key`, and the list of files left out, `OUT.quarantine.private.csv`, lie beside the folder and
+    stay in the hospital.
+
+    Example: `medistill deidentify scans --out clean`
+    """
+    from medistill.ingest import load_or_create_key
+    from medistill.ingest.deidentify import deidentify_folder, load_profile
+    from medistill.ingest.quarantine import REASON_CODES, count_codes
+    from medistill.ingest.sources import open_source
+
+    opened = open_source("auto", source)
+    len(opened)  # a missing source is reported before anything is made
+    summary = deidentify_folder(
+        opened,
+        out,
+        key=load_or_create_key(key or out.with_name(f"{out.name}.key")),
+        profile=load_profile(profile) if profile else None,
+        burned_in=burned_in.value,
+        notes=out.with_name(f"{out.name}.quarantine.private.csv"),
+        progress=progress(),
+        jobs=jobs,
+    )
+    typer.echo(f"{summary.written} files of {summary.patients} patients in {out}")
+    for code, count in count_codes(summary.rejected).items():
+        typer.echo(f"  {count:6d} {code:18s} {REASON_CODES[code]}")
+
+
+@app.command()
+@guarded
 def inspect(
     cohort: Annotated[Path, typer.Argument(help="Cohort folder made by ingest.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the page; the cohort's own by default.")] = None,

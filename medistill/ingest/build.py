@@ -20,7 +20,7 @@ import medistill
 from medistill.core.cohort import Cohort
 from medistill.core.task import Task
 from medistill.errors import ConfigError, OutputError, SourceError
-from medistill.ingest.burned_in import Screen, TextPolicy
+from medistill.ingest.burned_in import OCR_MEMORY_MB, OCR_SECONDS, Screen, TextPolicy
 from medistill.ingest.cache import Accepted, load_cohort, publish, working_folder, write_cohort
 from medistill.ingest.geometry import Fit
 from medistill.ingest.identity import Pseudonymiser
@@ -35,7 +35,6 @@ from medistill.ingest.sources import open_source
 from medistill.ingest.splits import SplitFractions
 from medistill.progress import Progress
 
-_OCR_MEMORY_MB = 2560
 _LIBRARIES = ("numpy", "pydicom", "imagecodecs", "pillow")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fit": tuple(Fit),
@@ -224,7 +223,11 @@ class _Scan:
             pass
         if not self.deferred:
             return
-        roomy = replace(limits, memory_mb=max(limits.memory_mb, _OCR_MEMORY_MB))
+        roomy = replace(
+            limits,
+            memory_mb=max(limits.memory_mb, OCR_MEMORY_MB),
+            seconds=max(limits.seconds, OCR_SECONDS),
+        )
         second = isolated(reader, self._works(), jobs=jobs, limits=roomy, engine=engine)
         for _ in progress.track(filter(self._record, second), "looking for text", total=self.deferred):
             pass

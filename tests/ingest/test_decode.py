@@ -721,6 +721,6 @@ def test_a_damaged_htj2k_stream_is_not_half_an_image(data: Path) -> None:
     damaged = bytearray(content)
     for position in range(len(content) - 2000, len(content) - 200, 7):
         damaged[position] ^= 0x55
-    with silence(), pytest.raises(RejectedFile) as caught:
+    with decode.silence(), pytest.raises(RejectedFile) as caught:
         next(decode_dicom(bytes(damaged), Policy.NONE))
     assert caught.value.code == "CODEC_FAIL"

@@ -4,13 +4,15 @@
 """
 
 from medistill.ingest.burned_in.detector import Box, suspect_boxes
-from medistill.ingest.burned_in.ocr import Word, read_text
+from medistill.ingest.burned_in.ocr import OCR_MEMORY_MB, OCR_SECONDS, Word, read_text
 from medistill.ingest.burned_in.screen import FLAGS, MARKERS, Outcome, Screen, TextPolicy, Verdict
 from medistill.ingest.burned_in.ultrasound import outside_regions
 
 __all__ = [
     "FLAGS",
     "MARKERS",
+    "OCR_MEMORY_MB",
+    "OCR_SECONDS",
     "Box",
     "Outcome",
     "Screen",

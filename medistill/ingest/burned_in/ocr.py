@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from medistill.errors import ConfigError, RejectedFile
 from medistill.ingest.burned_in.detector import Box
 
+#: Address space in MB that a process which reads text may need.
+OCR_MEMORY_MB = 2560
+#: Seconds that reading the text of one file may take; a file with many frames takes seconds for each.
+OCR_SECONDS = 300.0
 _MODELS = {"Det": "*_det_*.onnx", "Cls": "*_cls_*.onnx", "Rec": "*_rec_*.onnx"}
 _LARGEST_SIDE = 1600  # larger images are read smaller: 2048 adds 1.8 GB of address space at its peak, 1600 1.5 GB
 _LONGEST = 3  # sides; rapidocr enlarges the shorter side to 736 pixels, whatever the longer one becomes

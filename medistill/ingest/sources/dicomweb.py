@@ -173,6 +173,10 @@ class Reference:
         base = self.server.url.rstrip("/")
         return f"{base}/studies/{self.study}/series/{self.series}/instances/{self.sop}"
 
+    def read(self) -> bytes:
+        """See :func:`retrieve`."""
+        return retrieve(self)
+
 
 @dataclass(frozen=True)
 class DicomWebSource:
