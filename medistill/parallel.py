@@ -107,7 +107,7 @@ def _backend(engine: str) -> str:
         from ray.util.joblib import register_ray  # noqa: PLC0415
     except ImportError:
         raise ConfigError("The engine 'ray' is not installed. Run `pip install \"medistill[cluster]\"`.") from None
-    register_ray()  # type: ignore[no-untyped-call]
+    register_ray()
     return "ray"
 
 

@@ -410,7 +410,7 @@ def demo_config(out: Path, *, patients: int = 400) -> RunConfig:
         {
             "output": str(out),
             "source": {"kind": "phantom", "patients": patients, "size": 96, "difficulty": 0.3},
-            "ingest": {"size": 64, "classes": ["no_gastritis", "gastritis", "outside"]},
+            "ingest": {"size": 64, "ocr": "never", "classes": ["no_gastritis", "gastritis", "outside"]},
             "distill": {
                 "ipc": 5,
                 "size": 32,

@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -82,8 +87,9 @@ for keyword in ("PatientName", "PatientID", "PatientBirthDate", "StudyDate", "Mo
 # Here are twelve films as they are stored. Some are inverted: DICOM knows both polarities. Brightness differs too.
 # Ingestion sees to both.
 #
-# One film carries its patient's name in the pixels. Its header says so, and ingestion will turn it away. Beware:
-# this version reads the header only. It does not search the pixels for text.
+# Some films carry their patient's name in the pixels. Where the header says so, ingestion turns the film away
+# unseen; it searches all others for lines of text. With the extra `ocr` it can read what it suspects, here it goes
+# by shape alone.
 
 
 # %%
@@ -112,6 +118,7 @@ cohort = ingest(
     labels=room / "phantom" / "labels.csv",
     config=IngestConfig(
         size=64,
+        ocr="never",
         classes=("no_gastritis", "gastritis", "outside"),
         fractions=SplitFractions(train=0.4, validation=0.2, holdout=0.2, test=0.2),
     ),

@@ -47,6 +47,7 @@ SMALL = """
 source: {kind: phantom, patients: 60, size: 48}
 ingest:
   size: 32
+  ocr: never
   fractions: {train: 0.4, validation: 0.2, holdout: 0.2, test: 0.2}
 distill:
   ipc: 1

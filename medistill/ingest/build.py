@@ -43,9 +43,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "heads": ("reject", "defaced"),
     "missing_patient": ("reject", "own"),
     "volumes": ("slices", "cubes"),
-    "ocr": ("auto", "require", "off"),
+    "ocr": ("auto", "require", "never"),
 }
-_OCR: dict[str, bool | Literal["auto"]] = {"auto": "auto", "require": True, "off": False}
+_OCR: dict[str, bool | Literal["auto"]] = {"auto": "auto", "require": True, "never": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class IngestConfig:
         burned_in: What to do about text in pixels, declared by the header or found by looking: ``reject`` the
             image, ``mask`` the text, or ``allow`` it and do not look.
         ocr: ``auto`` reads suspected text where the extra ``ocr`` is installed, ``require`` refuses to work
-            without it, ``off`` goes by shape alone.
+            without it, ``never`` goes by shape alone.
         heads: ``reject`` CT and MR images of heads, from which a face could be restored, or take them because the
             source is ``defaced``.
         missing_patient: ``reject`` images without a patient, or treat each study (without a study, each folder;

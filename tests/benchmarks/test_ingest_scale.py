@@ -95,7 +95,7 @@ from medistill.ingest import IngestConfig, ingest
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     cohort = ingest(folder / "dicom", folder / "cohort", key=bytes(32), labels=folder / "labels.csv",
-                    config=IngestConfig(size=64, ocr="off"), jobs=2)
+                    config=IngestConfig(size=64, ocr="never"), jobs=2)
     counts = cohort.profile["counts"]
     assert counts["files"] == len(cohort) + sum(counts["quarantine"].values()) == int(sys.argv[2]), counts
 """
@@ -137,7 +137,7 @@ def test_random_read_of_one_image(tmp_path: Path) -> None:
         tmp_path / "cohort",
         key=bytes(32),
         labels=tmp_path / "phantom" / "labels.csv",
-        config=IngestConfig(size=256, ocr="off"),
+        config=IngestConfig(size=256, ocr="never"),
     )
     places = np.random.default_rng(0).integers(0, len(cohort), 5000).tolist()
     for place in places[:100]:

@@ -15,8 +15,8 @@ from medistill.errors import DataError, SourceError
 from medistill.ingest import IngestConfig, ingest
 from tests.ingest.conftest import KEY, make_dicom, write_csv
 
-SMALL = IngestConfig(size=16, ocr="off")
-OWN = IngestConfig(size=16, ocr="off", missing_patient="own")
+SMALL = IngestConfig(size=16, ocr="never")
+OWN = IngestConfig(size=16, ocr="never", missing_patient="own")
 Rows = list[tuple[str, ...]]
 
 

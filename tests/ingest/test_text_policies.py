@@ -44,7 +44,7 @@ def flags(cohort: Path) -> dict[int, str]:
         return {int(row["ordinal"]): row["outcome"] + " " + row["flags"] for row in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("ocr", ["off", pytest.param("require", marks=needs_ocr)])
+@pytest.mark.parametrize("ocr", ["never", pytest.param("require", marks=needs_ocr)])
 def test_text_is_turned_away_and_markers_stay(scans: tuple[Path, Path], tmp_path: Path, ocr: str) -> None:
     config = IngestConfig(size=SIDE, ocr=ocr)
     cohort = ingest(scans[0], tmp_path / "c", key=KEY, labels=scans[1], config=config, jobs=1)

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         film.write_bytes(film.read_bytes()[:-1500])
     (scans / "Quokkasson.txt").write_text("Quokkasson")
     (scans / "empty").write_bytes(b"")
-    config = IngestConfig(size=32, ocr="off", classes=CLASSES)
+    config = IngestConfig(size=32, ocr="never", classes=CLASSES)
     ingest(scans, base / "cohort", key=KEY, labels=base / "phantom" / "labels.csv", config=config, jobs=1)
     return base / "cohort"
 

@@ -28,7 +28,7 @@ OCR_SECONDS = 300.0
 _MODELS = {"Det": "*_det_*.onnx", "Cls": "*_cls_*.onnx", "Rec": "*_rec_*.onnx"}
 _LARGEST_SIDE = 1600  # larger images are read smaller: 2048 adds 1.8 GB of address space at its peak, 1600 1.5 GB
 _LONGEST = 3  # sides; rapidocr enlarges the shorter side to 736 pixels, whatever the longer one becomes
-_REMEDY = 'Run `pip install "medistill[ocr]"`, or set the use of OCR to off.'
+_REMEDY = 'Run `pip install "medistill[ocr]"`, or do without OCR (`ocr: never`).'
 
 
 @dataclass(frozen=True, kw_only=True)
