@@ -22,7 +22,7 @@ import pytest
 from medistill.ingest import IngestConfig, ingest
 from medistill.ingest.phantom import PhantomConfig, write_phantom
 
-SIZES = (1_000, 3_000)
+SIZES = (1_000, 10_000, 100_000)
 FILMS = 200
 
 
@@ -122,7 +122,7 @@ def test_time_is_linear_and_memory_constant(tmp_path: Path) -> None:
         rows[count] = {"seconds": seconds, "main": watch.main, "child": watch.child, "total": watch.total}
         figures = f"{watch.main:>8} {watch.child:>9} {watch.total:>7}"
         print(f"{count:>8} {seconds:>7.1f} {count / seconds:>8.0f} {figures}", flush=True)
-    small, large = rows[1_000], rows[3_000]
+    small, large = rows[10_000], rows[100_000]
     assert large["seconds"] < 15 * small["seconds"]
     assert large["child"] < 300
     assert large["child"] < small["child"] + 30
