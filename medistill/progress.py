@@ -9,8 +9,11 @@ Example:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
+
+_SECONDS_A_LINE = 30.0
 
 Item = TypeVar("Item")
 
@@ -61,11 +64,14 @@ class TerminalProgress(Progress):
         )
         from rich.progress import Progress as RichProgress  # noqa: PLC0415
 
-        if not self._console.is_terminal or self._bar is not None:
-            yield from items
-            return
         if total is None and isinstance(items, Sized):
             total = len(items)
+        if self._bar is not None:
+            yield from items
+            return
+        if not self._console.is_terminal:
+            yield from self._lines(items, description, total, completed)
+            return
         columns = (
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=30),
@@ -85,6 +91,20 @@ class TerminalProgress(Progress):
                     bar.update(task, advance=1, figures=self._figures)
         finally:
             self._bar = None
+
+    def _lines(self, items: Iterable[Item], description: str, total: int | None, completed: int) -> Iterator[Item]:
+        """A line now and then, for a log file."""
+        begun = said = time.monotonic()
+        for number, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - said < _SECONDS_A_LINE:
+                continue
+            said = now
+            done, left = completed + number, ""
+            if total:
+                left = f" of {total}, about {(now - begun) / number * (total - done):.0f} s left"
+            self.say(f"{description}: {done}{left}")
 
     def note(self, **values: float) -> None:
         """Show current figures beside the bar."""

@@ -8,6 +8,7 @@ import pytest
 
 from medistill import cpu, doctor
 from medistill.parallel import cpu_count, parallel_map
+from medistill.progress import TerminalProgress
 from medistill.seeds import derive_seed
 
 
@@ -53,3 +54,15 @@ def test_doctor_reports_a_mismatched_build(monkeypatch: pytest.MonkeyPatch) -> N
     finding = doctor._torchvision()
     assert not finding.ok
     assert "same index" in finding.remedy
+
+
+def test_long_work_leaves_a_line_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("medistill.progress.time.monotonic", lambda: float(next(clock)))
+    assert list(TerminalProgress().track(range(8), "reading", total=8)) == list(range(8))
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 3 of 8, about 50 s left",
+        "reading: 6 of 8, about 20 s left",
+    ]

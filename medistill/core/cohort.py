@@ -21,6 +21,7 @@ PSEUDONYM = re.compile(r"[A-Z2-7]{16}")
 REMAPPED_UID = re.compile(r"2\.25\.[1-9][0-9]{0,38}")
 AGE_BANDS = ("", "0-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80-89", "90+")
 SEXES = ("", "F", "M", "O")
+_IMAGE_AXES = 3
 _READ_CHUNK = 500
 
 
@@ -147,7 +148,16 @@ class Cohort:
 
         Returns:
             Images of shape ``(n, c, size, size)`` in ``[0, 1]``.
+
+        Raises:
+            DataError: If there is no image, or the cohort holds volumes.
         """
+        shape = self.profile.get("shape", ())
+        if len(shape) > _IMAGE_AXES:
+            raise DataError(
+                "Expected a cohort of images; found one of volumes, which distillation does not read yet. "
+                "Ingest again with volumes: slices."
+            )
         import torch  # noqa: PLC0415 - ingestion works without loading torch
         from torch.nn.functional import interpolate  # noqa: PLC0415
 

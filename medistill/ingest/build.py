@@ -169,6 +169,7 @@ def ingest(
                 journal=journal,
                 pseudonymiser=pseudonymiser,
                 keep_names=private_notes is not None,
+                table=table,
             )
             scan.run(reader, config.limits, progress, jobs=jobs, engine=engine)
             scan.forget_vanished()
@@ -198,12 +199,14 @@ class _Scan:
         journal: Where it goes.
         pseudonymiser: Replaces names of items.
         keep_names: Whether the names of items are kept in the working folder, for the private notes.
+        table: Labels; text is not searched by OCR in images that have none.
     """
 
     source: Source
     journal: Journal
     pseudonymiser: Pseudonymiser
     keep_names: bool
+    table: LabelTable | None
     deferred: int = 0
     _open: dict[int, _Entry] = field(default_factory=dict)
 
@@ -266,9 +269,12 @@ class _Scan:
         if isinstance(found, Content):
             entry.digest = found.digest
             entry.unchanged = bool(found.digest) and found.digest == outcome.item.expected
-        elif isinstance(found, Deferred):
+        elif isinstance(found, Deferred) and self._has_label(found):
             entry.deferred = True
             self.journal.forget(entry.token)
+        elif isinstance(found, Deferred):  # another table may name it: read again with that one
+            self._write(entry, Rejected(ordinal=item.ordinal, code="NO_LABEL"))
+            entry.passing = True
         elif found is not None or outcome.failure:
             self._write(entry, found or Rejected(ordinal=item.ordinal, code=outcome.failure))
         elif not entry.written and item.payload is None:
@@ -285,6 +291,9 @@ class _Scan:
                 self._write(entry, Rejected(ordinal=item.ordinal, code="NO_PIXELS"))
             self.journal.end(entry.token, item.ordinal, entry.digest, passing=entry.passing)
         return True
+
+    def _has_label(self, found: Deferred) -> bool:
+        return self.table is None or not self.table.has_labels or self.table.names(found.keys)
 
     def _write(self, entry: _Entry, found: Found) -> None:
         if not entry.written:
@@ -404,7 +413,8 @@ def _summarise(
         progress.say(f"Warning: {warning}.")
     quarantine = counts["quarantine"]
     progress.say(
-        f"{counts['images']} images of {counts['patients']} patients, {sum(quarantine.values())} in quarantine."
+        f"{counts['images']} images of {counts['patients']} patients; {sum(quarantine.values())} images and files "
+        f"of {counts['files']} files in quarantine."
     )
     if task.n_classes == 2 and not config.classes:
         progress.say(

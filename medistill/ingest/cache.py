@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -202,7 +203,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         _sync_folder(out.absolute().parent)
     except OSError as error:
-        raise OutputError(_explain(error)) from error
+        raise OutputError(_explain(error, "nothing was left behind")) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -222,7 +223,7 @@ def working_folder(out: Path) -> Iterator[Path]:
         partial.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield partial
     except OSError as error:
-        raise OutputError(_explain(error)) from error
+        raise OutputError(_explain(error, "what was read is kept, and the same command goes on")) from error
 
 
 def publish(partial: Path, out: Path) -> None:
@@ -247,8 +248,8 @@ def load_cohort(path: Path) -> Cohort:
     try:
         task = Task.from_json(profile["task"])
         with (path / _MANIFEST).open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["outcome"] == _ACCEPTED]
-        instances = tuple(sorted((_instance(row) for row in rows), key=lambda instance: instance.row))
+            found = [_instance(row) for row in csv.DictReader(file) if row["outcome"] == _ACCEPTED]
+        instances = tuple(sorted(found, key=lambda instance: instance.row))
         shape = tuple(int(value) for value in profile["shape"])
     except DataError:
         raise
@@ -308,7 +309,7 @@ def _rejected_row(item: Rejected) -> dict[str, Any]:
 
 
 def _instance(row: Mapping[str, str]) -> Instance:
-    values: dict[str, Any] = {name: row[name] for name in _INSTANCE_COLUMNS}
+    values: dict[str, Any] = {name: sys.intern(row[name]) for name in _INSTANCE_COLUMNS}
     return Instance(**{**values, "row": int(row["row"]), "split": Split(row["split"])})
 
 
@@ -327,7 +328,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explain(error: OSError) -> str:
+def _explain(error: OSError, after: str) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return "The disk is full. Nothing was left behind; free space or name another folder."
-    return "The output folder cannot be written. Name a folder on a writable disk; nothing was left behind."
+        return f"The disk is full. Free space or name another folder; {after}."
+    return f"The output folder cannot be written. Name a folder on a writable disk; {after}."

@@ -56,6 +56,11 @@ class LabelTable:
         self._size = size
         self._matches: Counter[tuple[int, ...]] = Counter()
 
+    def names(self, keys: Sequence[str]) -> bool:
+        """Whether a row with a label is about an image; does not count as a match."""
+        entry = next((self._entries[key] for key in keys if key in self._entries), None)
+        return entry is not None and (not self.has_labels or bool(entry.label))
+
     def match(self, keys: Sequence[str]) -> Entry | None:
         """The row of an image, by its most specific reference."""
         entry = next((self._entries[key] for key in keys if key in self._entries), None)

@@ -29,7 +29,7 @@ REASON_CODES: dict[str, str] = {
     "TIMEOUT": "Reading the file took too long.",
     "OOM_LIMIT": "Reading the file needs too much memory.",
     "ZIP_LIMIT": "A compressed file expands beyond the limit.",
-    "PATH_ESCAPE": "An archive member points outside the archive.",
+    "PATH_ESCAPE": "A link or an archive member points outside the source.",
     "NEST_LIMIT": "The header is nested too deeply.",
     "BAD_VR": "A header element has a malformed value.",
     "DIM_LIMIT": "The image is empty or too large.",

@@ -159,7 +159,13 @@ class Content:
 
 @dataclass(frozen=True)
 class Deferred:
-    """An item whose pixels must be read for text, which is left to a later pass."""
+    """An item whose pixels must be read for text, which is left to a later pass.
+
+    Args:
+        keys: Keyed tokens that rows of a label table may match, so that nothing is read that has no label.
+    """
+
+    keys: tuple[str, ...] = field(default=(), repr=False)
 
 
 #: What the reader gives for one item: its content hash first, then images and rejections.
@@ -229,16 +235,22 @@ class Reader:
         try:
             self._check_kind(decoded.header)
             screened = self._screened(item, decoded)
+            if screened is None:
+                return Deferred(tuple(self._keys(item, decoded.header)))
+            pixels = screened.pixels(self.size, self.fit)
+            if "text_masked" in screened.flags or "outside_masked" in screened.flags:
+                _check_something_left(pixels)
         except RejectedFile as rejection:
             if not decoded.frame:
                 raise
             return Rejected(
                 ordinal=item.ordinal, frame=decoded.frame, code=rejection.code, detail=rejection.detail
             )
-        if screened is None:
-            return Deferred()
-        pixels = screened.pixels(self.size, self.fit)
         return self._record(item, screened, pixels), pixels
+
+    def _keys(self, item: Item, header: Header) -> Iterator[str]:
+        """Tokens by which rows of a label table may mean an image."""
+        return (self.pseudonymiser.token("key", key) for key in item_keys(self.keys, item, header))
 
     def _check_kind(self, header: Header) -> None:
         if not header.diagnostic:
@@ -287,7 +299,7 @@ class Reader:
             patient=secret.patient(header.issuer, patient_id) if named else "",
             bare_patient=secret.patient("", patient_id) if named else "",
             folder=secret.token("folder", folder) if folder != "." else "",
-            keys=tuple(secret.token("key", key) for key in item_keys(self.keys, item, header)),
+            keys=tuple(self._keys(item, header)),
             label=item.label,
             given_test=item.split == "test",
             birth=secret.token("birth", header.birth_date) if header.birth_date else "",
@@ -300,6 +312,11 @@ class Reader:
             pixel_key=pixel_key,
             flags=decoded.flags,
         )
+
+
+def _check_something_left(pixels: NDArray[np.uint16]) -> None:
+    if pixels.min() == pixels.max():
+        raise RejectedFile("BURNED_IN", "nothing of the image is left after masking")
 
 
 def content_digest(payload: Any) -> bytes:

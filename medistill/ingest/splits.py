@@ -8,12 +8,14 @@ guessed without.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from medistill.core.cohort import Split
 from medistill.errors import ConfigError, SourceError
 from medistill.ingest.identity import Pseudonymiser
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def assign_splits(
         order = sorted(patients, key=lambda patient: pseudonymiser.digest("split", f"{seed}|{patient}"))
         home.update(zip(order, _sequence(len(order), shares), strict=True))
     places = [_place(member, person[member.patient], tested, home) for member in members]
-    _check_complete(members, places, shares)
+    _check_complete(members, places, shares, person)
     return places
 
 
@@ -144,14 +146,19 @@ def _strata(members: Sequence[Member], person: dict[str, str], tested: set[str])
     return dict(sorted(strata.items()))
 
 
-def _check_complete(members: Sequence[Member], places: Sequence[Split | None], shares: dict[Split, float]) -> None:
+def _check_complete(
+    members: Sequence[Member],
+    places: Sequence[Split | None],
+    shares: dict[Split, float],
+    person: Mapping[str, str],
+) -> None:
     """Every class needs a patient in every split."""
     patients: dict[str, set[str]] = defaultdict(set)
     present: dict[str, set[Split]] = defaultdict(set)
     for member, place in zip(members, places, strict=True):
         present[member.label] |= {place} if place else set()
         if not member.given_test:
-            patients[member.label].add(member.patient)
+            patients[member.label].add(person[member.patient])
     needed = {*shares, *(split for splits in present.values() for split in splits)}
     least = len(shares)
     problems = [
@@ -161,8 +168,13 @@ def _check_complete(members: Sequence[Member], places: Sequence[Split | None], s
         if needed - splits
     ]
     if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise SourceError(f"Too few patients to divide. Every split needs a patient of every class.\n{listed}")
+        listed = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  - and {len(problems) - _SHOWN} more classes" if len(problems) > _SHOWN else ""
+        joined = len(set(person)) - len(set(person.values()))
+        as_one = f" {joined} patients share an image or a study with another and count as one." if joined else ""
+        raise SourceError(
+            f"Too few patients to divide. Every split needs a patient of every class.{as_one}\n{listed}{more}"
+        )
 
 
 def _sequence(count: int, shares: dict[Split, float]) -> list[Split]:

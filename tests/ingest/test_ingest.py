@@ -36,7 +36,7 @@ def test_clinic(clinic: Clinic, tmp_path: Path, recorder: Recorder) -> None:
     assert (len(cohort), len(cohort.patients)) == (32, 16)
     assert cohort.task.class_names == ("sick", "well")
     assert all(count["patients"] >= 2 for count in cohort.counts().values())
-    assert recorder.messages[0] == "32 images of 16 patients, 0 in quarantine."
+    assert recorder.messages[0] == "32 images of 16 patients; 0 images and files of 32 files in quarantine."
     assert recorder.messages[1].startswith("Positive class: 'well'")
     assert load_cohort(tmp_path / "cohort").instances == cohort.instances
     assert cohort.profile["config"]["size"] == 16

@@ -272,6 +272,8 @@ def test_where_there_is_no_file(tmp_path: Path) -> None:
         ("x_flair.nii", "", True),
         ("Brain.nii", "", True),
         ("x.nii", "MPRAGE", True),
+        ("x.nii", "", True),
+        ("x.nii", "knee left", False),
         ("liver.nii", "", False),
         ("spleen_t12.nii", "", False),
     ],

@@ -42,7 +42,11 @@ def test_links_are_not_followed_outside(tmp_path: Path) -> None:
     (inside / "file").symlink_to(outside / "secret")
     (inside / "self").symlink_to(inside / "self")
     (inside / "good").symlink_to(inside / "deep" / "a")
-    assert names(FolderSource(inside)) == ["deep/a", "good"]
+    items = {item.name: item for item in FolderSource(inside).items()}
+    assert [name for name, item in items.items() if item.payload] == ["deep/a", "good"]
+    assert {item.refused for item in items.values()} == {"", "PATH_ESCAPE"}
+    assert set(items) == {"deep/a", "good", "loop", "away", "file", "self"}
+    assert len(FolderSource(inside)) == len(items)
 
 
 def test_names_that_are_not_text(tmp_path: Path) -> None:

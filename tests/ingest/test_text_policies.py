@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from pydicom.dataset import Dataset
 
 from medistill.ingest import IngestConfig, ingest
 from medistill.ingest.burned_in.ocr import available
@@ -73,3 +75,44 @@ def test_allowed_text_is_not_looked_for(scans: tuple[Path, Path], tmp_path: Path
     cohort = ingest(scans[0], tmp_path / "c", key=KEY, labels=scans[1], config=config, jobs=1)
     assert len(cohort) == 20
     assert set(flags(tmp_path / "c").values()) == {"ACCEPTED burned_in_allowed"}
+
+
+def test_an_image_that_masking_leaves_empty_is_turned_away(tmp_path: Path) -> None:
+    rows = [("file", "label")]
+    for number in range(20):
+        values = {"PatientID": f"P{number}", "StudyInstanceUID": f"1.2.4.{number + 1}"}
+        made = make_dicom(tmp_path / "scans" / f"{number:02d}.dcm", film(number), **values)
+        if number == 7:  # an ultrasound image whose only region is one black line
+            made.Modality, made.SOPClassUID = "US", "1.2.840.10008.5.1.4.1.1.6.1"
+            region = Dataset()
+            region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, 0
+            region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 0, SIDE
+            made.SequenceOfUltrasoundRegions = [region]
+            stored = film(number).copy()
+            stored[:, 0] = 0
+            made.PixelData = stored.tobytes()
+            made.save_as(tmp_path / "scans" / f"{number:02d}.dcm")
+        rows.append((f"{number:02d}.dcm", "sick" if number % 2 else "well"))
+    labels = write_csv(tmp_path / "labels.csv", rows)
+    config = IngestConfig(size=SIDE, burned_in="mask", ocr="auto")
+    cohort = ingest(tmp_path / "scans", tmp_path / "c", key=KEY, labels=labels, config=config, jobs=1)
+    assert cohort.profile["counts"]["quarantine"] == {"BURNED_IN": 1}
+
+
+@needs_ocr
+def test_no_text_is_read_where_there_is_no_label(scans: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [("file", "label")]
+    rows += [(f"{n:02d}.dcm", "sick" if n % 2 else "well") for n in range(20) if n not in (3, 4)]
+    labels = write_csv(tmp_path / "fewer.csv", rows)
+    read = 0
+
+    class Steps(Recorder):
+        def track(self, items: Any, description: str, *, total: int | None = None, **_: Any) -> Any:
+            nonlocal read
+            read += (total or 0) if description == "looking for text" else 0
+            return items
+
+    config = IngestConfig(size=SIDE, ocr="require")
+    cohort = ingest(scans[0], tmp_path / "c", key=KEY, labels=labels, config=config, jobs=1, progress=Steps())
+    assert cohort.profile["counts"]["quarantine"] == {"NO_LABEL": 2}
+    assert read < 2  # at most one of the random sample

@@ -714,3 +714,24 @@ def test_real_series_of_two_patients(data: Path) -> None:
     assert codes == {"": 1, "LOCALISER": 1, "GEOM_GAP": 5, "GEOM_MIXED": 6}
     (whole,) = (each for each in found if isinstance(each, DecodedVolume))
     assert whole.volume.spacing == pytest.approx((2.5, 0.488281, 0.488281))
+
+
+def test_a_cohort_of_volumes_is_not_taken_for_images(tmp_path: Path) -> None:
+    from medistill.errors import DataError
+    from medistill.ingest import IngestConfig, ingest
+    from tests.ingest.conftest import KEY, write_csv
+
+    rows = [("file", "label")]
+    for number in range(16):
+        values = np.random.default_rng(number).integers(0, 200, (9, 10, 11)).astype(np.uint8)
+        path = tmp_path / "scans" / f"sub-{number:02d}" / "liver.nii"
+        path.parent.mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+        rows.append((f"sub-{number:02d}/liver.nii", "ill" if number % 2 else "well"))
+    labels = write_csv(tmp_path / "labels.csv", rows)
+    config = IngestConfig(size=8, volumes="cubes", burned_in="allow")
+    cohort = ingest(tmp_path / "scans", tmp_path / "c", key=KEY, labels=labels, config=config, jobs=1)
+    assert cohort.store.read([0, 1]).shape == (2, 1, 8, 8, 8)
+    assert len(cohort.patients) == 16
+    with pytest.raises(DataError, match=r"volumes.*volumes: slices"):
+        cohort.images(8)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def outside_regions(dataset: Dataset, height: int, width: int) -> tuple[Box, ...]:
     """Boxes that cover everything outside the regions of SequenceOfUltrasoundRegions (PS3.3 C.8.5.5).
 
-    A region whose corners are missing, reversed or outside the image is left out, so more is covered.
+    A region that passes the edge of the image ends there, as many devices count one row or column too far. A
+    region whose corners are missing or reversed, or that begins outside, is left out, so more is covered.
 
     Args:
         dataset: Header of the file.
@@ -39,9 +40,9 @@ def _region(item: Any, height: int, width: int) -> Box | None:
         top, left, bottom, right = (int(item.get(name)) for name in names)
     except Exception:  # absent or malformed
         return None
-    if not (0 <= top <= bottom < height and 0 <= left <= right < width):
+    if not (0 <= top <= bottom and top < height and 0 <= left <= right and left < width):
         return None
-    return top, left, bottom + 1, right + 1
+    return top, left, min(bottom + 1, height), min(right + 1, width)
 
 
 def _complement(regions: Sequence[Box], height: int, width: int) -> tuple[Box, ...]:

@@ -70,11 +70,20 @@ _HEAD_WORDS = re.compile(
     r"(?![a-z0-9]))",
     re.IGNORECASE,
 )
+#: NIfTI has no field for the body part; a file that names none of these may show a head.
+_OTHER_WORDS = re.compile(
+    r"(chest|thora|lung|breast|heart|cardi|aort|abdom|liver|hepat|spleen|kidney|renal|pancrea|colon|bladder|pelvi"
+    r"|prostat|uter|spine|lumbar|shoulder|elbow|wrist|hand|knee|ankle|foot|femur|(?<![a-z])hip(?![a-z]))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class NiftiSource:
     """NIfTI files of a folder, or one file.
+
+    The format does not say which part of the body it shows: a file counts as a head unless its name or description
+    names another part.
 
     The patient of a file is the part ``sub-…`` of its path (BIDS), else the uppermost folder that holds it, else
     unknown. A label table refers to a file by ``file``.
@@ -173,7 +182,8 @@ def decode_cube(path: Path, policy: Policy) -> Iterator[DecodedVolume]:
     grey, flags = grey_levels(sitk.GetArrayViewFromImage(image), header, policy)
     spacing, origin = image.GetSpacing(), image.GetOrigin()
     volume = Volume(array=grey, spacing=spacing[::-1], origin=origin, direction=image.GetDirection(), flags=flags)
-    head = bool(_HEAD_WORDS.search(path.name) or _HEAD_WORDS.search(header.description))
+    described = f"{path.name} {header.description}"
+    head = bool(_HEAD_WORDS.search(described)) or not _OTHER_WORDS.search(described)
     yield DecodedVolume(volume=volume, header=Header(head=head), flags=flags)
 
 

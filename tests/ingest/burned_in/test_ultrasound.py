@@ -41,7 +41,7 @@ def test_boxes_cover_exactly_what_no_region_covers(corners: list[tuple[int, int,
 
 @pytest.mark.parametrize(
     "header",
-    [Dataset(), _header(), _header(Dataset()), _header(_region(5, 5, 2, 2)), _header(_region(0, 0, 20, 10))],
+    [Dataset(), _header(), _header(Dataset()), _header(_region(5, 5, 2, 2)), _header(_region(20, 0, 25, 10))],
     ids=["no sequence", "empty", "no corners", "reversed", "beyond the image"],
 )
 def test_a_header_without_usable_region_covers_nothing(header: Dataset) -> None:
