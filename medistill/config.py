@@ -43,6 +43,7 @@ from medistill.ingest.sources import open_source
 from medistill.registry import DISTILLERS, nearest
 
 #: Sections that are checked as a whole once their values are legal.
+_IDENTIFYING = frozenset({"patients", "studies", "series"})
 _RECORDS = ("ingest", "audit", "evaluate")
 _Problem = tuple[str, str]
 
@@ -404,6 +405,8 @@ def _problem(entry: dict[str, Any]) -> str:
         tag = entry["ctx"].get("tag")
         found = "missing." if tag is None else f"unknown.{nearest(str(tag), kinds)}"
         return f"{path}.kind: {found} Known: {', '.join(kinds)}."
+    if parts[0] == "source" and _IDENTIFYING & set(parts):
+        entry = {**entry, "input": None}
     return f"{path}: {_message(entry)}"
 
 

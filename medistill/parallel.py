@@ -71,6 +71,16 @@ def parallel_map(
     yield from _on_a_cluster(function, items, jobs, engine)
 
 
+def check_engine(engine: str) -> None:
+    """Refuse an engine that cannot work, before anything is begun.
+
+    Raises:
+        ConfigError: If it is unknown or not installed.
+    """
+    if engine != "local":
+        _backend(engine)
+
+
 def _on_this_machine(function: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
     from joblib import Parallel, delayed  # noqa: PLC0415
 

@@ -190,7 +190,8 @@ class _Run:
             for item in self._source()[0].items(_Everything()):
                 names.update(f"{item.name}\n".encode())
             return names.hexdigest()
-        return _listing(section.path)
+        medium = section.kind == "dicomdir" and section.path.is_file()
+        return _listing(section.path.parent if medium else section.path)
 
     def ingest_inputs(self) -> Mapping[str, Any]:
         _, labels = self._source()
@@ -457,7 +458,8 @@ def _listing(path: Path) -> str:
     for file in files or [path]:
         if file.exists():
             status = file.stat()
-            digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(file.relative_to(path)))
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

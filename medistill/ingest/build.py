@@ -33,6 +33,7 @@ from medistill.ingest.reading import Content, Deferred, Found, Item, Reader, Sou
 from medistill.ingest.resolve import Resolver
 from medistill.ingest.sources import open_source
 from medistill.ingest.splits import SplitFractions
+from medistill.parallel import check_engine
 from medistill.progress import Progress
 
 _LIBRARIES = ("numpy", "pydicom", "imagecodecs", "pillow")
@@ -157,6 +158,7 @@ def ingest(
         source = open_source("auto", source, volumes=config.volumes)
     if engine != "local" and getattr(source, "local_only", False):
         raise ConfigError("This source keeps what it retrieves on this machine. Use engine 'local'.")
+    check_engine(engine)
     pseudonymiser = Pseudonymiser(key)
     table = _load_table(source, labels, config, pseudonymiser)
     reader = _reader(source, config, pseudonymiser)
@@ -183,9 +185,10 @@ def ingest(
             _write_notes(private_notes, resolver)
             profile = _profile(source, config, task, resolver)
             _write(partial / "cohort", resolver, journal, profile)
+            load_cohort(partial / "cohort")  # every assertion, before anybody can see it
+            publish(partial, Path(out))
         finally:
             journal.close()
-        publish(partial, Path(out))
     _summarise(profile["counts"], task, config, warning, progress)
     return load_cohort(Path(out))
 
@@ -266,7 +269,10 @@ class _Scan:
         """Write down what happened; returns whether it was the end of an item."""
         item, found = outcome.item.item, outcome.result
         entry = self._open[item.ordinal]
-        if isinstance(found, Content):
+        if outcome.again:
+            self.journal.forget(entry.token)
+            self._open[item.ordinal] = _Entry(token=entry.token)
+        elif isinstance(found, Content):
             entry.digest = found.digest
             entry.unchanged = bool(found.digest) and found.digest == outcome.item.expected
         elif isinstance(found, Deferred) and self._has_label(found):
@@ -284,7 +290,7 @@ class _Scan:
         del self._open[item.ordinal]
         if entry.deferred:
             self.deferred += 1
-        elif entry.unchanged:
+        elif entry.unchanged and not entry.written:
             self.journal.keep(entry.token, item.ordinal)
         else:
             if not entry.written:  # a file without a single image
@@ -430,6 +436,8 @@ def _codes_text(codes: Mapping[str, int]) -> str:
 
 
 def _check_notes(notes: Path | None, out: Path) -> None:
+    if notes is not None and not Path(notes).absolute().parent.is_dir():
+        raise OutputError("The folder of the private notes does not exist. Name a file in a folder that does.")
     if notes is not None and Path(notes).resolve().is_relative_to(out.resolve()):
         raise ConfigError("The private notes must lie outside the cohort: they name original files.")
 

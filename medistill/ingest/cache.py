@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ from medistill.ingest.quarantine import Rejected
 SCHEMA_VERSION = 1
 SHARD_SIZE = 500
 _OPEN_SHARDS = 64
+_OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.EBUSY),
+}
 _KIND = "medistill cohort"
 _PROFILE, _MANIFEST, _SHARDS = "profile.json", "manifest.csv", "shards"
 _INSTANCE_COLUMNS = tuple(item.name for item in fields(Instance))
@@ -203,7 +208,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         _sync_folder(out.absolute().parent)
     except OSError as error:
-        raise OutputError(_explain(error, "nothing was left behind")) from error
+        raise OutputError(_explain(error, "nothing was left behind")) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -218,12 +223,23 @@ def working_folder(out: Path) -> Iterator[Path]:
     out = Path(out).absolute()
     partial = out.parent / f".{out.name}.partial"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if (out / _PROFILE).exists() and partial.is_dir() and not (partial / "cohort").exists():
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed after its last step but one
         raise OutputError("The output folder exists and is not empty. Name another folder, or remove this one.")
+    if os.path.ismount(out):
+        raise OutputError("The output folder is a mount point, which cannot be replaced. Name a folder below it.")
     try:
         partial.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield partial
     except OSError as error:
-        raise OutputError(_explain(error, "what was read is kept, and the same command goes on")) from error
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise OutputError(_explain(error, "what was read is kept, and the same command goes on")) from None
+    except sqlite3.OperationalError:
+        raise OutputError(
+            "The working folder beside the output cannot be written. Free space or check the disk; what was read "
+            "is kept, and the same command goes on."
+        ) from None
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -48,19 +48,23 @@ def load_or_create_key(path: Path) -> bytes:
         OutputError: If the key cannot be written.
     """
     path = Path(path)
+    if path.exists():
+        return _read_key(path)
+    key = secrets.token_bytes(KEY_BYTES)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(unfinished, path)  # whole or not at all, and never over another
     except FileExistsError:
         return _read_key(path)
-    except OSError as error:
-        raise OutputError(
-            "The key file cannot be created. Choose a folder that exists and is writable."
-        ) from error
-    key = secrets.token_bytes(KEY_BYTES)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
+    except OSError:
+        raise OutputError("The key file cannot be created. Choose a folder that exists and is writable.") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
     return key
 
 

@@ -81,12 +81,15 @@ class Outcome(Generic[Item, Result]):
         ended: Whether this was the last of the item.
         failure: Reason code at the end of an item whose child was lost: ``CODEC_CRASH``, ``TIMEOUT`` or
             ``OOM_LIMIT``; results that came before do not count.
+        again: Whether the item begins once more, because its child died and may have been killed from outside;
+            results that came before do not count.
     """
 
     item: Item = field(repr=False)
     result: Result | None = field(default=None, repr=False)
     ended: bool = False
     failure: str = ""
+    again: bool = False
 
 
 def isolated(
@@ -172,12 +175,14 @@ class _Child(Generic[Item]):
         self.pid = pid
         self.item: Item | None = None
         self.busy = False
+        self.tried = False
         self.deadline = 0.0
         self.done = 0
 
-    def give(self, item: Item, seconds: float) -> bool:
+    def give(self, item: Item, seconds: float, *, tried: bool) -> bool:
         """Hand over an item; returns whether the child was there to take it."""
-        self.item, self.busy, self.deadline = item, True, time.monotonic() + seconds
+        self.item, self.busy, self.tried = item, True, tried
+        self.deadline = time.monotonic() + seconds
         try:
             self.connection.send(item)
         except (BrokenPipeError, ConnectionResetError):
@@ -199,6 +204,7 @@ class _Pool(Generic[Item, Result]):
         self._limits = limits
         self._jobs = jobs
         self._children: list[_Child[Item]] = []
+        self._again: list[tuple[Item, bool]] = []
         self._control, other = socket.socketpair()
         environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
         self._nursery = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -225,18 +231,19 @@ class _Pool(Generic[Item, Result]):
         """Work through the items."""
         waiting = iter(items)
         more = True
+        self._again.clear()
         while True:
             idle = [child for child in self._children if not child.busy]
-            while more and (idle or len(self._children) < self._jobs):
-                item = next(waiting, _NOTHING)
+            while (more or self._again) and (idle or len(self._children) < self._jobs):
+                item, tried = self._again.pop() if self._again else (next(waiting, _NOTHING), False)
                 if item is _NOTHING:
                     more = False
-                    break
+                    continue
                 child = idle.pop() if idle else self._new_child()
-                if not child.give(item, self._limits.seconds):
+                if not child.give(item, self._limits.seconds, tried=tried):
                     yield self._lost(child, "CODEC_CRASH")
             if not any(child.busy for child in self._children):
-                if more:
+                if more or self._again:
                     continue
                 return
             yield from self._listen()
@@ -248,14 +255,14 @@ class _Pool(Generic[Item, Result]):
         for child in busy:
             if child.connection in ready:
                 yield self._receive(child)
-            elif time.monotonic() >= child.deadline:
+            elif time.monotonic() >= child.deadline and not child.connection.poll():
                 yield self._lost(child, "TIMEOUT")
 
     def _receive(self, child: _Child[Item]) -> Outcome[Item, Result]:
         assert child.item is not None
         try:
             kind, content = child.connection.recv()
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except Exception:  # cut off in the middle, or bytes that a broken child sent
             return self._lost(child, "CODEC_CRASH")
         if kind == _RESULT:
             child.deadline = time.monotonic() + self._limits.seconds
@@ -268,8 +275,14 @@ class _Pool(Generic[Item, Result]):
         return outcome
 
     def _lost(self, child: _Child[Item], code: str) -> Outcome[Item, Result]:
+        """What follows for the item; one whose child died is tried once more, as others may have killed it."""
         self._remove(child)
+        if self._nursery.poll() is not None:
+            raise DataError("The reading processes were ended from outside. Run the same command again to go on.")
         assert child.item is not None
+        if code == "CODEC_CRASH" and not child.tried:
+            self._again.append((child.item, True))
+            return Outcome(child.item, again=True)
         return Outcome(child.item, ended=True, failure=code)
 
     def _remove(self, child: _Child[Item]) -> None:
@@ -277,17 +290,16 @@ class _Pool(Generic[Item, Result]):
         child.kill()
 
     def _new_child(self) -> _Child[Item]:
-        ours, theirs = socket.socketpair()
         try:
-            socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            ours, theirs = socket.socketpair()
+            with theirs:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
             connection = Connection(ours.detach())
             if not connection.poll(_PATIENCE):
                 raise OSError
             _, pid = connection.recv()
         except (EOFError, OSError):
             raise DataError("Reading processes cannot be started. Free memory, or use fewer jobs.") from None
-        finally:
-            theirs.close()
         child: _Child[Item] = _Child(connection, pid)
         self._children.append(child)
         return child

@@ -34,7 +34,7 @@ from medistill.ingest.reading import Reading
 _COMMIT_SECONDS = 1.0
 _COMMIT_ITEMS = 200
 #: Outcomes that another attempt may change.
-PASSING = ("NET_PARTIAL", "READ_ERROR", "TIMEOUT", "OOM_LIMIT")
+PASSING = ("NET_PARTIAL", "READ_ERROR", "TIMEOUT", "OOM_LIMIT", "CODEC_CRASH")
 _COLUMNS = tuple(item.name for item in fields(Reading))
 _SCHEMA = f"""
 create table if not exists setting (name text primary key, value text);
@@ -71,8 +71,14 @@ class Journal:
         try:
             self.rows = _connected(folder)
             self._open(fingerprint)
-        except (sqlite3.DatabaseError, ValueError):  # damaged: nothing in it can be trusted
+        except ValueError:
             self._begin_again(fingerprint)
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                self.rows.close()
+                self._lock.close()
+                raise
+            self._begin_again(fingerprint)  # nothing in it can be trusted
         self._spool: IO[bytes] = (folder / "spool").open("r+b")
         self._spooled = self._cut_spool()
         self._uncommitted = 0

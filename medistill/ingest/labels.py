@@ -29,6 +29,7 @@ class Entry:
         lines: Lines of the table that say so.
         label: Class, or empty.
         patient: Pseudonym, or empty.
+        bare_patient: Pseudonym of the same number without an issuer.
         given_test: Whether the table puts it into the test split.
         by_number: Whether it refers to a patient by the number alone, without its issuer.
     """
@@ -37,6 +38,7 @@ class Entry:
     lines: tuple[int, ...]
     label: str = field(repr=False)
     patient: str
+    bare_patient: str = ""
     given_test: bool
     by_number: bool = False
 
@@ -141,7 +143,8 @@ def load_labels(
             kind=kind,
             lines=tuple(row.line for row in group),
             label=group[0].cells[column] if column else "",
-            patient=_patient(table, group[0], patient_column, pseudonymiser),
+            patient=_patient(group[0], patient_column, pseudonymiser, issuer=_issuer(table, group[0])),
+            bare_patient=_patient(group[0], patient_column, pseudonymiser, issuer=""),
             by_number=kind == "patient" and not _issuer(table, group[0]),
             given_test=bool(split_column) and group[0].cells[split_column or ""].casefold() == "test",
         )
@@ -201,9 +204,9 @@ def _issuer(table: Table, row: Row) -> str:
     return row.cells[column] if column else ""
 
 
-def _patient(table: Table, row: Row, column: str | None, pseudonymiser: Pseudonymiser) -> str:
+def _patient(row: Row, column: str | None, pseudonymiser: Pseudonymiser, *, issuer: str) -> str:
     value = row.cells[column] if column else ""
-    return pseudonymiser.patient(_issuer(table, row), value) if value else ""
+    return pseudonymiser.patient(issuer, value) if value else ""
 
 
 def _conflicts(groups: list[list[Row]], columns: list[str | None]) -> list[str]:

@@ -211,7 +211,7 @@ class Reader:
         try:
             if item.refused:
                 raise RejectedFile(item.refused, item.refused_detail)
-            digest = content_digest(item.payload)
+            digest = _with_description(content_digest(item.payload), item)
             yield Content(digest)
             if digest and digest == work.expected:
                 return
@@ -312,6 +312,12 @@ class Reader:
             pixel_key=pixel_key,
             flags=decoded.flags,
         )
+
+
+def _with_description(digest: bytes, item: Item) -> bytes:
+    """The hash of a payload together with what the source says of it, which can change by itself."""
+    described = repr((item.label, item.split, item.patient, item.index))
+    return hashlib.sha256(digest + described.encode("utf-8", "surrogateescape")).digest() if digest else b""
 
 
 def _check_something_left(pixels: NDArray[np.uint16]) -> None:

@@ -64,8 +64,8 @@ class Resolver:
     def decide(self) -> None:
         """Turn away duplicates, images without label or patient, and contradictions; name every patient once."""
         self._begin()
-        self._duplicates()
         self._join()
+        self._duplicates()
         self._numbers_of_two_issuers()
         self._one_name_each()
         self._contradictions()
@@ -107,9 +107,9 @@ class Resolver:
                 assumed = "patient_is_study" if study else "patient_is_folder" if folder else "patient_is_image"
             self._sql(
                 "update decision set given = ?, person = ?, assumed = ?, given_test = ?, by_number = ?, "
-                "outcome = ? where id = ?",
+                "outcome = ?, bare_patient = coalesce(nullif(bare_patient, ''), ?) where id = ?",
                 *(label, patient, assumed, bool(test or (entry and entry.given_test))),
-                *(bool(entry and entry.by_number), outcome, number),
+                *(bool(entry and entry.by_number), outcome, entry.bare_patient if entry else "", number),
             )
 
     def _numbers_of_two_issuers(self) -> None:

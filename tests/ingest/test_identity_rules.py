@@ -76,6 +76,26 @@ def test_a_bare_number_that_two_issuers_use_says_nothing(tmp_path: Path) -> None
     assert "two issuers" in (tmp_path / "cohort" / "manifest.csv").read_text()
 
 
+def test_an_issuer_that_only_the_table_knows_makes_nobody_two_people(tmp_path: Path) -> None:
+    scans = scan(
+        tmp_path, 40, lambda n, image: {"PatientID": "", "StudyInstanceUID": f"1.2.4.{n}.{image}"} if image else {}
+    )
+    rows: Rows = [("file", "patient_id", "IssuerOfPatientID", "label")]
+    rows += [
+        (f"{n:02d}{i}.dcm", f"P{n}", "NORTH", "sick" if n % 2 else "well") for n in range(40) for i in range(2)
+    ]
+    labels = write_csv(tmp_path / "labels.csv", rows)
+    cohort = ingest(scans, tmp_path / "c", key=KEY, labels=labels, config=SMALL, jobs=1)
+    assert (len(cohort), len(cohort.patients)) == (80, 40)
+
+
+def test_of_two_copies_the_one_with_a_label_stays(tmp_path: Path) -> None:
+    scans = scan(tmp_path, 20, lambda n, _: {})
+    (scans / "0.dcm").write_bytes((scans / "000.dcm").read_bytes())  # comes first and has no row
+    cohort = ingest(scans, tmp_path / "c", key=KEY, labels=by_file(tmp_path, 20), config=SMALL, jobs=1)
+    assert (len(cohort), quarantine(cohort)) == (40, {"NO_LABEL": 1})
+
+
 @pytest.mark.parametrize("written", ["p 7", "P  7", " P 7 "])
 def test_spaces_and_case_of_a_number_do_not_matter(tmp_path: Path, written: str) -> None:
     scans = scan(tmp_path, 20, lambda n, i: {"PatientID": written if i else "P 7"} if n == 7 else {})

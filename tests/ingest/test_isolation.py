@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from medistill.errors import ConfigError
+from medistill.errors import ConfigError, DataError
 from medistill.ingest.isolation import Limits, isolated
 
 QUICK = Limits(seconds=1.0, memory_mb=256, recycle_after=10)
@@ -64,6 +64,16 @@ def _begin_and_crash() -> Iterator[int]:
     yield ctypes.string_at(0)[0]
 
 
+def _die_once() -> Iterator[int]:
+    """Somebody else kills this process, the first time."""
+    mark = Path(os.environ["MEDISTILL_TEST_MARK"])
+    yield 1
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield 2
+
+
 def _slow() -> Iterator[int]:
     for number in range(4):
         time.sleep(0.5)
@@ -78,9 +88,11 @@ BEHAVIOUR = {
     "raise": _fail,
     "memory": _eat,
     "leak": _begin_and_crash,
+    "die once": _die_once,
     "many": lambda: iter(range(1000)),
     "slow": _slow,
     "pid": lambda: iter([os.getpid()]),
+    "parent": lambda: iter([os.getppid()]),
 }
 
 
@@ -89,7 +101,9 @@ def collect(items: Any, **options: Any) -> tuple[dict[Any, list[Any]], dict[Any,
     results: dict[Any, list[Any]] = {}
     failures: dict[Any, str] = {}
     for outcome in isolated(behave, items, **{"jobs": 2, "limits": QUICK, **options}):
-        if outcome.ended:
+        if outcome.again:
+            results.pop(outcome.item, None)
+        elif outcome.ended:
             assert outcome.item not in failures
             failures[outcome.item] = outcome.failure
         else:
@@ -119,6 +133,35 @@ def test_a_bad_item_costs_itself_alone(item: str, code: str) -> None:
     results, failures = collect([1, item, 2, 3])
     assert failures == {1: "", item: code, 2: "", 3: ""}
     assert [results[number] for number in (1, 2, 3)] == [[2, 3], [4, 6], [6, 9]]
+
+
+def test_a_child_that_somebody_kills_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDISTILL_TEST_MARK", str(tmp_path / "mark"))
+    results, failures = collect([1, "die once", 2])
+    assert (tmp_path / "mark").exists()
+    assert failures == {1: "", "die once": "", 2: ""}
+    assert results["die once"] == [1, 2]
+
+
+def test_a_killed_nursery_ends_the_work_with_an_error() -> None:
+    def items() -> Iterator[Any]:
+        yield "parent"
+        yield from range(100_000)
+
+    def work() -> None:
+        for outcome in isolated(behave, items(), jobs=2, limits=QUICK):
+            assert not outcome.failure
+            if outcome.item == "parent" and outcome.result:
+                os.kill(int(outcome.result), signal.SIGKILL)
+
+    with pytest.raises(DataError, match="ended from outside"):
+        work()
+
+
+def test_a_slow_listener_is_no_time_out() -> None:
+    for outcome in isolated(behave, range(6), jobs=3, limits=Limits(seconds=0.5)):
+        time.sleep(0.3)
+        assert not outcome.failure
 
 
 def test_the_clock_begins_anew_with_each_result() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medistill.errors import OutputError, SourceError
+from medistill.core.cohort import Split
+from medistill.errors import DataError, OutputError, SourceError
 from medistill.ingest import IngestConfig, ingest
 from medistill.ingest.intensity import Policy
 from medistill.ingest.sources.folder import FolderSource, decode_dicom
@@ -143,6 +144,69 @@ def test_a_damaged_working_folder_is_not_trusted(clinic: Clinic, tmp_path: Path,
         os.truncate(partial / "spool", 5 * 512 + 7)
     run(scans, labels, tmp_path / "cohort")
     assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_throws_nothing_away(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    scans, labels = clinic()
+    with pytest.raises(KeyboardInterrupt):
+        run(scans, labels, tmp_path / "cohort", Interrupting(20))
+    decoded(tmp_path)
+
+    def full(*_: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("medistill.ingest.journal.Journal._open", full)
+        with pytest.raises(OutputError, match="what was read is kept"):
+            run(scans, labels, tmp_path / "cohort")
+    run(scans, labels, tmp_path / "cohort", recorder)
+    assert len(decoded(tmp_path)) < 20
+    assert any("earlier run" in message for message in recorder.messages)
+
+
+def test_what_an_array_file_says_of_an_image_may_be_corrected(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8)).astype(np.uint8)
+    config = IngestConfig(size=8, burned_in="allow")
+
+    def read(patients: int) -> Any:
+        owners = np.array([f"p{number % patients}" for number in range(60)])
+        np.savez(tmp_path / "a.npz", images=images, label=np.arange(60) % 2, patient_id=owners)
+        return ingest(tmp_path / "a.npz", tmp_path / "cohort", key=KEY, config=config, jobs=1)
+
+    with pytest.raises(SourceError, match="Too few patients"):
+        read(2)
+    assert len(read(30).patients) == 30
+
+
+def test_a_cohort_that_breaks_a_rule_is_not_published(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans, labels = clinic()
+
+    def shuffled(*_: object, **__: object) -> Iterator[str]:
+        order = [Split.TRAIN, Split.TEST, Split.VALIDATION, Split.HOLDOUT]
+        yield from (order[number % 4] for number in range(10_000))
+
+    splits = shuffled()
+    monkeypatch.setattr("medistill.ingest.resolve.Split", lambda _: next(splits))
+    with pytest.raises(DataError, match="one split"):
+        run(scans, labels, tmp_path / "cohort")
+    assert not (tmp_path / "cohort").exists()
+
+
+def test_a_run_killed_after_its_last_step_but_one_leaves_nothing(clinic: Clinic, tmp_path: Path) -> None:
+    scans, labels = clinic()
+    run(scans, labels, tmp_path / "cohort")
+    partial = tmp_path / ".cohort.partial"
+    partial.mkdir()
+    (partial / "journal.sqlite").write_text("names of files")
+    with pytest.raises(OutputError, match="not empty"):
+        run(scans, labels, tmp_path / "cohort")
+    assert not partial.exists()
 
 
 def test_only_one_process_writes_a_cohort(clinic: Clinic, tmp_path: Path) -> None:

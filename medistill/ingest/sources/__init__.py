@@ -75,12 +75,17 @@ def open_source(
     for name in given:
         if name not in known:
             raise ConfigError(f"A source of kind {kind} has no option {name!r}.{nearest(name, known)}")
-    opened: Source = source(place, **given)
+    try:
+        opened: Source = source(place, **given)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            "An option of the source has a value of the wrong kind, such as text for a number."
+        ) from None
     return opened
 
 
 def _kind_of(where: str) -> str:
-    scheme = urlsplit(where).scheme.lower()
+    scheme = where.partition("://")[0].lower()
     if scheme in ("http", "https", "dimse"):
         return "dimse" if scheme == "dimse" else "dicomweb"
     path = Path(where)

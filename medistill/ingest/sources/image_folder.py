@@ -140,7 +140,7 @@ def _is_image_name(name: str) -> bool:
 
 
 def _folder_name(name: str) -> str:
-    return PurePosixPath(name).parent.name
+    return PurePosixPath(name).parent.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _open_archive(path: Path) -> zipfile.ZipFile:
@@ -155,6 +155,6 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         with archive.open(name) as file:
             content = file.read(MAX_BYTES + 1)
-    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+    except Exception:  # zipfile, zlib, bz2 and lzma each have their own
         return b""
     return content if len(content) <= MAX_BYTES else b""
