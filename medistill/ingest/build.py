@@ -436,10 +436,10 @@ def _codes_text(codes: Mapping[str, int]) -> str:
 
 
 def _check_notes(notes: Path | None, out: Path) -> None:
-    if notes is not None and not Path(notes).absolute().parent.is_dir():
-        raise OutputError("The folder of the private notes does not exist. Name a file in a folder that does.")
     if notes is not None and Path(notes).resolve().is_relative_to(out.resolve()):
         raise ConfigError("The private notes must lie outside the cohort: they name original files.")
+    if notes is not None and not Path(notes).absolute().parent.is_dir():
+        raise OutputError("The folder of the private notes does not exist. Name a file in a folder that does.")
 
 
 def _write_notes(path: Path | None, resolver: Resolver) -> None:

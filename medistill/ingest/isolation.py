@@ -277,13 +277,17 @@ class _Pool(Generic[Item, Result]):
     def _lost(self, child: _Child[Item], code: str) -> Outcome[Item, Result]:
         """What follows for the item; one whose child died is tried once more, as others may have killed it."""
         self._remove(child)
-        if self._nursery.poll() is not None:
-            raise DataError("The reading processes were ended from outside. Run the same command again to go on.")
+        self._check_nursery()
         assert child.item is not None
         if code == "CODEC_CRASH" and not child.tried:
             self._again.append((child.item, True))
             return Outcome(child.item, again=True)
         return Outcome(child.item, ended=True, failure=code)
+
+    def _check_nursery(self) -> None:
+        """Blame no item where the nursery itself has gone, and all children with it."""
+        if self._nursery.poll() is not None:
+            raise DataError("The reading processes were ended from outside. Run the same command again to go on.")
 
     def _remove(self, child: _Child[Item]) -> None:
         self._children.remove(child)
@@ -299,6 +303,9 @@ class _Pool(Generic[Item, Result]):
                 raise OSError
             _, pid = connection.recv()
         except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._nursery.wait(1.0)  # its sockets close a moment before it is gone
+            self._check_nursery()
             raise DataError("Reading processes cannot be started. Free memory, or use fewer jobs.") from None
         child: _Child[Item] = _Child(connection, pid)
         self._children.append(child)

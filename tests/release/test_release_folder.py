@@ -109,7 +109,7 @@ def test_card_says_what_a_stranger_must_know(tmp_path):
     assert card["audit"]["verdict"] == "PASS"
     assert card["audit"]["outcomes"][1]["tpr_at_fpr"]["0.01"] is None
     assert len(card["diagnosis"]["arms"]) == 6
-    assert card["medistill_version"] == "0.2.0"
+    assert card["medistill_version"] == "0.1.0"
     assert card["licence"] == "CC BY 4.0"
     assert card["forced_reason"] is None
     assert card["intended_use"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import stat
 from pathlib import Path
 
@@ -105,15 +106,20 @@ def test_text_may_be_allowed(tmp_path: Path) -> None:
     assert _rows(tmp_path / "out")[0]["flags"] == "burned_in_allowed"
 
 
-def _crash(payload):
-    import os
+class Crashing:
+    """A reference whose reading ends the process."""
 
-    os.abort()
+    def read(self) -> bytes:
+        os.abort()
 
 
 def test_a_crash_costs_one_file(tmp_path: Path) -> None:
-    items = [Item(ordinal=0, name="one", payload=b"")]
-    summary = deidentify_folder(items, tmp_path / "out", key=KEY, read=_crash, jobs=1)
+    items = [
+        Item(ordinal=0, name="one", payload=Crashing()),
+        Item(ordinal=1, name="two", payload=_payload(base("CT", Names(1)))),
+    ]
+    summary = deidentify_folder(items, tmp_path / "out", key=KEY, burned_in="allow", jobs=1)
+    assert summary.written == 1
     assert [item.code for item in summary.rejected] == ["CODEC_CRASH"]
 
 
