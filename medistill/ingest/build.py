@@ -21,7 +21,7 @@ from medistill.core.cohort import Cohort
 from medistill.core.task import Task
 from medistill.errors import ConfigError, OutputError, SourceError
 from medistill.ingest.burned_in import OCR_MEMORY_MB, OCR_SECONDS, Screen, TextPolicy
-from medistill.ingest.cache import Accepted, load_cohort, publish, working_folder, write_cohort
+from medistill.ingest.cache import Accepted, publish, working_folder, write_cohort
 from medistill.ingest.geometry import Fit
 from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.intensity import Policy
@@ -29,7 +29,7 @@ from medistill.ingest.isolation import Limits, Outcome, isolated
 from medistill.ingest.journal import PASSING, Journal
 from medistill.ingest.labels import LabelTable, load_labels, make_task
 from medistill.ingest.quarantine import REASON_CODES, Rejected
-from medistill.ingest.reading import Content, Deferred, Found, Item, Reader, Source, Work
+from medistill.ingest.reading import Content, Deferred, Found, Reader, Source, Work
 from medistill.ingest.resolve import Resolver
 from medistill.ingest.sources import open_source
 from medistill.ingest.splits import SplitFractions
@@ -185,12 +185,11 @@ def ingest(
             _write_notes(private_notes, resolver)
             profile = _profile(source, config, task, resolver)
             _write(partial / "cohort", resolver, journal, profile)
-            load_cohort(partial / "cohort")  # every assertion, before anybody can see it
-            publish(partial, Path(out))
+            cohort = publish(partial, Path(out))
         finally:
             journal.close()
     _summarise(profile["counts"], task, config, warning, progress)
-    return load_cohort(Path(out))
+    return cohort
 
 
 @dataclass(kw_only=True)
@@ -245,20 +244,16 @@ class _Scan:
     def _token(self, name: str) -> str:
         return self.pseudonymiser.token("item", name)
 
-    def _token_of(self, item: Item) -> str:
-        """Token of an item; of another form where an archive has two members of one name."""
-        token = self._token(item.name)
-        home = self.journal.home(token)
-        busy = {entry.token: ordinal for ordinal, entry in self._open.items()}
-        if (item.ordinal if home is None else home) == busy.get(token, item.ordinal) == item.ordinal:
-            return token
-        return self._token(f"{item.name} {item.ordinal}")
-
     def _works(self) -> Iterator[Work]:
         """Every item, those of an earlier run with the hash they had."""
         for item in self.source.items(self):
-            token = self._token_of(item)
-            if self.journal.home(token) == item.ordinal:
+            token = self._token(item.name)
+            home = self.journal.home(token)
+            busy = any(entry.token == token for entry in self._open.values())
+            if busy or home not in (None, item.ordinal):  # an archive with two members of one name
+                token = self._token(f"{item.name} {item.ordinal}")
+                home = self.journal.home(token)
+            if home == item.ordinal:
                 continue
             self._open[item.ordinal] = _Entry(token=token)
             if self.keep_names:

@@ -24,7 +24,7 @@ import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -242,14 +242,21 @@ def working_folder(out: Path) -> Iterator[Path]:
         ) from None
 
 
-def publish(partial: Path, out: Path) -> None:
-    """Make the finished ``cohort`` of a working folder appear at ``out``, and remove the working folder."""
+def publish(partial: Path, out: Path) -> Cohort:
+    """Make the finished ``cohort`` of a working folder appear at ``out``, and remove the working folder.
+
+    Raises:
+        DataError: If the cohort breaks an invariant; then nobody has seen it.
+    """
     out = Path(out).absolute()
+    cohort = load_cohort(partial / "cohort")
     if out.exists():
         out.rmdir()
     (partial / "cohort").rename(out)
     _sync_folder(out.parent)
     shutil.rmtree(partial, ignore_errors=True)
+    shape = tuple(cohort.profile["shape"])
+    return replace(cohort, store=ShardStore(folder=out / _SHARDS, shape=shape, count=len(cohort)))
 
 
 def load_cohort(path: Path) -> Cohort:

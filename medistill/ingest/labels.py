@@ -60,15 +60,18 @@ class LabelTable:
 
     def names(self, keys: Sequence[str]) -> bool:
         """Whether a row with a label is about an image; does not count as a match."""
-        entry = next((self._entries[key] for key in keys if key in self._entries), None)
+        entry = self._entry(keys)
         return entry is not None and (not self.has_labels or bool(entry.label))
 
     def match(self, keys: Sequence[str]) -> Entry | None:
         """The row of an image, by its most specific reference."""
-        entry = next((self._entries[key] for key in keys if key in self._entries), None)
+        entry = self._entry(keys)
         if entry is not None:
             self._matches[entry.lines] += 1
         return entry
+
+    def _entry(self, keys: Sequence[str]) -> Entry | None:
+        return next((self._entries[key] for key in keys if key in self._entries), None)
 
     def close(self) -> str:
         """Check the join after all images were seen.
