@@ -49,6 +49,7 @@ class TerminalProgress(Progress):
 
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._figures = ""
+        self._values: dict[str, float] = {}
         self._bar: object | None = None
 
     def track(
@@ -69,6 +70,7 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             yield from items
             return
+        self._figures, self._values = "", {}
         if not self._console.is_terminal:
             yield from self._lines(items, description, total, completed)
             return
@@ -81,7 +83,6 @@ class TerminalProgress(Progress):
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
         )
-        self._figures = ""
         try:
             with RichProgress(*columns, console=self._console) as bar:
                 self._bar = bar
@@ -104,11 +105,12 @@ class TerminalProgress(Progress):
             done, left = completed + number, ""
             if total:
                 left = f" of {total}, about {(now - begun) / number * (total - done):.0f} s left"
-            self.say(f"{description}: {done}{left}")
+            self.say(f"{description}: {done}{left}  {self._figures}".rstrip())
 
     def note(self, **values: float) -> None:
         """Show current figures beside the bar."""
-        self._figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._values |= values
+        self._figures = "  ".join(f"{name} {value:.4g}" for name, value in self._values.items())
 
     def say(self, message: str) -> None:
         """Print one line."""

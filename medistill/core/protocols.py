@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from medistill.core.compute import Compute
 from medistill.core.distilled import Schedule
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.images import ImageSet
@@ -27,7 +28,7 @@ class Curator(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of one image, ``(c, h, w)``; public."""
+        """Shape of one image, ``(c, h, w)`` or ``(c, d, h, w)``; public."""
 
     def sum(self, embed: Embed) -> Tensor:
         """One row per patient (the mean over the patient's images), summed over patients, shape ``(d,)``."""
@@ -56,9 +57,19 @@ class Checkpoint(Protocol):
         """Replace the kept state, atomically."""
 
 
+class NoCheckpoint:
+    """Keeps nothing; for short work and for tests."""
+
+    def load(self) -> None:
+        """There is never a kept state."""
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Forget the state."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """What one distiller hands on: images ``(m, c, h, w)``, labels, and a schedule where it has one."""
+    """What one distiller hands on: images (as in :class:`ImageSet`), labels, and a schedule where it has one."""
 
     images: Tensor
     soft_labels: Tensor
@@ -66,18 +77,74 @@ class Synthetic:
     schedule: Schedule | None = None
 
 
+class Watch(Protocol):
+    """Looks at the images as they form."""
+
+    def __call__(self, step: int, steps: int, current: Callable[[], Synthetic]) -> bool:
+        """Look now or not; ``True`` asks the distiller to stop here.
+
+        Args:
+            step: Steps done.
+            steps: Steps in all.
+            current: Gives the result as it would be if this were the last step.
+        """
+
+
+def never_look(step: int, steps: int, current: Callable[[], Synthetic]) -> bool:
+    """A :class:`Watch` that never looks."""
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What a distiller works with, beside the data: none of it changes what the algorithm is.
+
+    Args:
+        compute: Device and precision.
+        progress: Shows how far it is.
+        checkpoint: Where its state is kept; a second call after an interruption goes on from there.
+        watch: Looks at the images as they form.
+    """
+
+    compute: Compute = field(default_factory=Compute)
+    progress: Progress = field(default_factory=Progress)
+    checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
+    watch: Watch = never_look
+
+    def steps(
+        self,
+        done: int,
+        steps: int,
+        description: str,
+        *,
+        every: int,
+        state: Callable[[int], Mapping[str, Tensor]],
+        current: Callable[[], Synthetic],
+    ) -> Iterator[int]:
+        """Numbers of the steps still to do, under a bar; between them checkpoints are kept and the watch looks.
+
+        Args:
+            done: Steps done before an interruption.
+            steps: Steps in all.
+            description: Short present participle for the bar.
+            every: Steps between checkpoints.
+            state: Gives the state to keep from the number of steps done.
+            current: Gives the result as it stands.
+        """
+        numbers = range(done, steps)
+        for step in self.progress.track(numbers, description, total=steps, completed=done):
+            yield step
+            if (step + 1) % every == 0:
+                self.checkpoint.save(state(step + 1))
+            if self.watch(step + 1, steps, current):
+                return
+
+
 class Distiller(Protocol):
     """Turns a curator's answers into a few synthetic images. Fields are its published settings."""
 
     def distill(
-        self,
-        curator: Curator,
-        *,
-        ipc: int,
-        seed: int,
-        start: Synthetic | None,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Run the algorithm; same arguments, same bits on CPU.
 
@@ -86,6 +153,8 @@ class Distiller(Protocol):
             ipc: Images per class.
             seed: Public seed.
             start: Result of the distiller before it in the recipe, or ``None`` for its own start.
-            progress: Shows how far it is.
-            checkpoint: Where its state is kept; a second call after an interruption goes on from there.
+            bench: Device, progress, checkpoint and watch.
+
+        Returns:
+            Images and labels on the CPU.
         """

@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors.torch import save
 
 from medistill import __version__
+from medistill.core.compute import fresh
 from medistill.errors import OutputError
-from medistill.networks.convnet import fresh
 from medistill.progress import Progress
 from medistill.registry import NETWORKS
 from medistill.release.verify import load_release

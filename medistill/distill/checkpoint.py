@@ -51,16 +51,6 @@ class FileCheckpoint:
         partial.replace(self._path)
 
 
-class NoCheckpoint:
-    """Keeps nothing; for short work and for tests."""
-
-    def load(self) -> None:
-        """There is never a kept state."""
-
-    def save(self, state: Mapping[str, Tensor]) -> None:
-        """Forget the state."""
-
-
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """Per-parameter tensors of an optimiser's state, flat, for a checkpoint."""
     packed: dict[str, Tensor] = {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from medistill.core.protocols import Checkpoint, Curator, Synthetic
+from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.distill.start import random_images
-from medistill.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +17,9 @@ class Coreset:
     """
 
     def distill(
-        self,
-        curator: Curator,
-        *,
-        ipc: int,
-        seed: int,
-        start: Synthetic | None,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
-        """Choose the images; ``start``, ``progress`` and ``checkpoint`` are not needed."""
+        """Choose the images; ``start`` and ``bench`` are not needed."""
         images = curator.images()
         chosen = random_images(images, ipc=ipc, seed=seed)
         return Synthetic(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from medistill.core.protocols import Checkpoint, Curator, Embed, Synthetic
+from medistill.core.compute import Compute, fresh
+from medistill.core.protocols import Curator, Embed, Synthetic, Workbench
 from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
-from medistill.progress import Progress
+from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.fit import cache_sized
 
@@ -61,54 +61,56 @@ class DistributionMatching:
             raise ConfigError("Expected networks, iterations, width and checkpoint_every >= 1 and rate > 0.")
 
     def distill(
-        self,
-        curator: Curator,
-        *,
-        ipc: int,
-        seed: int,
-        start: Synthetic | None,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Ask for the class means once, then match them; resumes with the same bits."""
         first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
-        pool = [self._network(curator, derive_seed(seed, "network", k)) for k in range(self.networks)]
-        images = first.images.clone().requires_grad_()
+        pool = [self._network(curator, derive_seed(seed, "network", k), bench) for k in range(self.networks)]
+        images = bench.compute.put(first.images.clone()).requires_grad_()
         adam = torch.optim.Adam([images], lr=self.rate, betas=(0.9, 0.99))
-        state = checkpoint.load()
+        kept = bench.checkpoint.load()
         done = 0
-        if state is None:
-            means = torch.stack([class_means(curator, network) for network in progress.track(pool, "class means")])
+        if kept is None:
+            asked = bench.progress.track(pool, "class means")
+            means = torch.stack([class_means(curator, network, bench.compute) for network in asked])
         else:
-            means, done = state["means"], int(state["step"])
-            images.data.copy_(state["images"])
-            unpack_optimizer(adam, state, "adam")
-        for step in progress.track(
-            range(done, self.iterations), "matching", total=self.iterations, completed=done
+            means, done = bench.compute.put(kept["means"]), int(kept["step"])
+            images.data.copy_(kept["images"])
+            unpack_optimizer(adam, kept, "adam")
+
+        def state(step: int) -> dict[str, Tensor]:
+            counted = {"step": torch.tensor(step), "images": images, "means": means}
+            return {**counted, **pack_optimizer(adam, "adam")}
+
+        def current() -> Synthetic:
+            return Synthetic(
+                images=images.detach().cpu().clone(), soft_labels=first.soft_labels, hard_labels=first.hard_labels
+            )
+
+        for step in bench.steps(
+            done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
         ):
             adam.param_groups[0]["lr"] = self.rate * cosine(step / self.iterations, floor=0.01)
             k = step % self.networks
-            loss = matching_loss(pool[k].features(images), means[k], ipc)
+            with bench.compute.autocast():
+                features = pool[k].features(images)
+            loss = matching_loss(features.float(), means[k], ipc)
             adam.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             with torch.no_grad():
                 images.clamp_(0.0, 1.0)
-            progress.note(loss=loss.item())
-            if (step + 1) % self.checkpoint_every == 0:
-                kept = {"step": torch.tensor(step + 1), "images": images, "means": means}
-                checkpoint.save({**kept, **pack_optimizer(adam, "adam")})
-        return Synthetic(
-            images=images.detach().clone(), soft_labels=first.soft_labels, hard_labels=first.hard_labels
-        )
+            bench.progress.note(loss=loss.item())
+        return current()
 
-    def _network(self, curator: Curator, seed: int) -> ConvNet:
+    def _network(self, curator: Curator, seed: int, bench: Workbench) -> ConvNet:
         def factory(task: Task, shape: tuple[int, ...]) -> nn.Module:
             return ConvNet(task, shape, width=self.width)
 
         network = fresh(factory, curator.task, curator.image_shape, seed)
         assert isinstance(network, ConvNet)
-        return network.requires_grad_(False)
+        bench.compute.ready(network.requires_grad_(False))
+        return network
 
 
 def matching_loss(features: Tensor, means: Tensor, ipc: int) -> Tensor:
@@ -123,21 +125,22 @@ def matching_loss(features: Tensor, means: Tensor, ipc: int) -> Tensor:
     return gap.square().sum(1).mean()
 
 
-def class_means(curator: Curator, network: ConvNet) -> Tensor:
+def class_means(curator: Curator, network: ConvNet, compute: Compute) -> Tensor:
     """Class means of features over patients, shape ``(k, d)``, from one sum.
 
     Each patient contributes, for each class, the mean of the features of their images of that class weighted by
     the share of such images.
     """
     k = curator.task.n_classes
-    total = curator.sum(_embedding(network))
+    total = curator.sum(_embedding(network, compute))
     sums, counts = total[:-k].view(k, -1), total[-k:]
     return sums / counts.clamp_min(1e-6)[:, None]
 
 
-def _embedding(network: ConvNet) -> Embed:
+def _embedding(network: ConvNet, compute: Compute) -> Embed:
     def embed(images: Tensor, targets: Tensor) -> Tensor:
-        features = torch.cat([network.features(part) for part in cache_sized(images)])
+        features = torch.cat([network.features(compute.put(part)) for part in cache_sized(images)])
+        targets = compute.put(targets)
         weighted = targets[:, :, None] * features[:, None, :]
         return torch.cat([weighted.flatten(1), targets], dim=1)
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medistill.core.compute import Compute, fresh
 from medistill.core.images import ImageSet
-from medistill.core.protocols import Checkpoint, Curator, Synthetic
+from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
-from medistill.progress import Progress
+from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.fit import cache_sized
@@ -97,31 +97,24 @@ class KernelRidge:
             raise ConfigError(f"Expected confidence in (0.5, 1), got {self.confidence}.")
 
     def distill(
-        self,
-        curator: Curator,
-        *,
-        ipc: int,
-        seed: int,
-        start: Synthetic | None,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Run the loop; resumes from the checkpoint with the same bits."""
         first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
-        run = _Run(self, curator.images(), first, ipc=ipc, seed=seed)
-        state = checkpoint.load()
-        done = 0 if state is None else run.restore(state)
-        for step in progress.track(
-            range(done, self.iterations), "ridge regression", total=self.iterations, completed=done
-        ):
-            progress.note(loss=run.step(step))
-            if (step + 1) % self.checkpoint_every == 0:
-                checkpoint.save(run.state(step + 1))
-        return Synthetic(
-            images=run.average_images.clone(),
-            soft_labels=run.average_scores.softmax(1),
-            hard_labels=first.hard_labels,
+        run = _Run(self, curator.images(), first, ipc=ipc, seed=seed, compute=bench.compute)
+        kept = bench.checkpoint.load()
+        done = 0 if kept is None else run.restore(kept)
+        steps = bench.steps(
+            done,
+            self.iterations,
+            "ridge regression",
+            every=self.checkpoint_every,
+            state=run.state,
+            current=run.result,
         )
+        for step in steps:
+            bench.progress.note(loss=run.step(step))
+        return run.result()
 
 
 class _Member:
@@ -136,21 +129,24 @@ class _Member:
 class _Run:
     """The state of one distillation and its step."""
 
-    def __init__(self, settings: KernelRidge, real: ImageSet, first: Synthetic, *, ipc: int, seed: int) -> None:
+    def __init__(
+        self, settings: KernelRidge, real: ImageSet, first: Synthetic, *, ipc: int, seed: int, compute: Compute
+    ) -> None:
         self._settings, self._real, self._ipc, self._seed = settings, real, ipc, seed
+        self._compute, self._hard_labels = compute, first.hard_labels
         k = self._classes = real.task.n_classes
         self._per_class = max(1, settings.real_batch // k)
         self._match = settings.match * (1 - 1 / ipc)
-        self._target = _centred(torch.arange(k).repeat_interleave(self._per_class), k)
+        self._target = compute.put(_centred(torch.arange(k).repeat_interleave(self._per_class), k))
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "kernel_ridge"))
-        self.images = first.images.clone().requires_grad_()
-        self.scores = self._initial_scores(first).requires_grad_()
+        self.images = compute.put(first.images.clone()).requires_grad_()
+        self.scores = compute.put(self._initial_scores(first)).requires_grad_()
         groups = [
             {"params": [self.images], "lr": settings.rate},
             {"params": [self.scores], "lr": settings.label_rate},
         ]
         self._adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.average_images, self.average_scores = first.images.clone(), self.scores.detach().clone()
+        self.average_images, self.average_scores = self.images.detach().clone(), self.scores.detach().clone()
         self._members: list[_Member | None] = [None] * settings.pool
         self._made = 0
 
@@ -159,6 +155,14 @@ class _Run:
         confidence, k = self._settings.confidence, self._classes
         other = (1 - confidence) / (k - 1)
         return (other + (confidence - other) * first.soft_labels).log()
+
+    def result(self) -> Synthetic:
+        """The running averages."""
+        return Synthetic(
+            images=self.average_images.cpu().clone(),
+            soft_labels=self.average_scores.softmax(1).cpu(),
+            hard_labels=self._hard_labels,
+        )
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -215,6 +219,7 @@ class _Run:
         network = fresh(factory, self._real.task, shape, derive_seed(self._seed, "network", self._made))
         self._made += 1
         assert isinstance(network, ConvNet)
+        self._compute.ready(network)
         return _Member(network, self._settings.network_rate)
 
     def _train(self, member: _Member, steps: int) -> None:
@@ -241,7 +246,7 @@ class _Run:
             else:
                 drawn = torch.randint(len(members), (self._per_class,), generator=self._generator)
             rows.append(members[drawn])
-        parts = cache_sized(self._real.images[torch.cat(rows)])
+        parts = cache_sized(self._compute.put(self._real.images[torch.cat(rows)]))
         return torch.cat([network.features(augment(part, self._generator)) for part in parts])
 
     # -- checkpoint --------------------------------------------------------------------------------------------
@@ -269,7 +274,8 @@ class _Run:
         with torch.no_grad():
             self.images.copy_(state["images"])
             self.scores.copy_(state["scores"])
-        self.average_images, self.average_scores = state["average_images"], state["average_scores"]
+        put = self._compute.put
+        self.average_images, self.average_scores = put(state["average_images"]), put(state["average_scores"])
         unpack_optimizer(self._adam, state, "adam")
         for slot in range(len(self._members)):
             if f"member{slot}.real" in state:
@@ -279,7 +285,7 @@ class _Run:
                     {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 )
                 unpack_optimizer(member.optimizer, state, f"member{slot}.sgd")
-                member.real = state[f"member{slot}.real"]
+                member.real = put(state[f"member{slot}.real"])
                 member.age, member.used = (int(count) for count in state[f"member{slot}.counts"])
         self._made = int(state["made"])
         self._generator.set_state(state["generator"])
@@ -300,7 +306,7 @@ def ridge_prediction(features: Tensor, labels: Tensor, queries: Tensor, *, ridge
     """
     gram = features @ features.T
     penalty = ridge * gram.diagonal().mean().detach()
-    weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), labels)
+    weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram)).to(gram), labels)
     predicted: Tensor = queries @ features.T @ weights
     return predicted
 

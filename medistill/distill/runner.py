@@ -13,18 +13,31 @@ import torch
 from torch import Tensor
 
 from medistill import __version__
+from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet, Recipe, Step
 from medistill.core.images import ImageSet
-from medistill.core.protocols import Checkpoint, Curator, Distiller, NetworkFactory, Synthetic
+from medistill.core.protocols import (
+    Checkpoint,
+    Curator,
+    Distiller,
+    NetworkFactory,
+    NoCheckpoint,
+    Synthetic,
+    Workbench,
+)
 from medistill.core.task import Task
-from medistill.distill.checkpoint import FileCheckpoint, NoCheckpoint
+from medistill.distill.checkpoint import FileCheckpoint
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.distill.start import initial
+from medistill.distill.watch import Observer, ValidationWatch
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.progress import Progress
 from medistill.registry import DISTILLERS, nearest
 from medistill.seeds import derive_seed
+
+#: Times that every distiller's images are looked at.
+LOOKS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +105,10 @@ def distill(
     validation: ImageSet | None = None,
     network: NetworkFactory = ConvNet,
     folder: Path | None = None,
+    compute: Compute | None = None,
+    looks: int = LOOKS,
+    patience: int = 0,
+    observer: Observer | None = None,
     progress: Progress | None = None,
 ) -> Distillation:
     """Distil a curator's data by a recipe.
@@ -106,6 +123,12 @@ def distill(
             the default schedule is taken.
         network: Architecture of the students that choose the schedule; the ConvNet by default.
         folder: Where checkpoints are kept; an interrupted run goes on from there with the same bits.
+        compute: Device, precision and workers; the CPU by default.
+        looks: Times that every distiller's images are looked at: a student is trained on them for a short while
+            and its AUROC on the validation patients shown.
+        patience: Looks without a better AUROC after which a distiller is stopped and its best images taken; ``0``
+            lets it finish.
+        observer: Told of every look.
         progress: Shows how far it is.
 
     Returns:
@@ -121,7 +144,18 @@ def distill(
         >>> distill(OpenCurator(train), method="kernel_ridge", ipc=1).distilled  # doctest: +SKIP
     """
     recipe = make_recipe(curator.task, method=method, ipc=ipc, seed=seed, settings=settings)
-    return run_recipe(recipe, curator, validation=validation, network=network, folder=folder, progress=progress)
+    return run_recipe(
+        recipe,
+        curator,
+        validation=validation,
+        network=network,
+        folder=folder,
+        compute=compute,
+        looks=looks,
+        patience=patience,
+        observer=observer,
+        progress=progress,
+    )
 
 
 def make_recipe(
@@ -153,28 +187,42 @@ def run_recipe(
     validation: ImageSet | None = None,
     network: NetworkFactory = ConvNet,
     folder: Path | None = None,
+    compute: Compute | None = None,
+    looks: int = LOOKS,
+    patience: int = 0,
+    observer: Observer | None = None,
     progress: Progress | None = None,
 ) -> Distillation:
     """Run a complete recipe; see :func:`distill` for the arguments."""
-    progress = progress or Progress()
+    progress, compute = progress or Progress(), compute or Compute()
     result: Synthetic | None = None
     snapshots = _noise_start(recipe, curator)
     for position, step in enumerate(recipe.steps):
-        result = _run_step(
-            make_distiller(step.distiller, step.settings),
-            curator,
-            recipe=recipe,
-            position=position,
-            start=result,
-            checkpoint=_checkpoint(folder, recipe, position, curator),
+        watch = ValidationWatch(
+            distiller=step.distiller,
+            validation=validation,
+            network=network,
+            seed=derive_seed(recipe.seed, "look"),
+            looks=looks,
+            patience=patience,
+            compute=compute,
+            kept=_checkpoint(folder, recipe, f"{position}-looks", curator),
             progress=progress,
+            observer=observer,
         )
+        checkpoint = _checkpoint(folder, recipe, str(position), curator)
+        bench = Workbench(compute=compute, progress=progress, checkpoint=checkpoint, watch=watch)
+        distiller = make_distiller(step.distiller, step.settings)
+        result = _run_step(distiller, curator, recipe=recipe, position=position, start=result, bench=bench)
+        result = watch.best(result)
         snapshots[step.distiller] = result.images
     assert result is not None
     schedule = result.schedule or DEFAULT_SCHEDULE
     if validation is not None:
         seed = derive_seed(recipe.seed, "schedule")
-        ranked = choose_schedule(result, validation, network=network, seed=seed, progress=progress)
+        ranked = choose_schedule(
+            result, validation, network=network, seed=seed, compute=compute, progress=progress
+        )
         schedule = ranked[0].schedule
     distilled = DistilledSet(
         images=result.images,
@@ -198,7 +246,7 @@ def _check_sections(settings: Mapping[str, Any], names: tuple[str, ...]) -> None
             )
 
 
-def _checkpoint(folder: Path | None, recipe: Recipe, position: int, curator: Curator) -> Checkpoint:
+def _checkpoint(folder: Path | None, recipe: Recipe, position: str, curator: Curator) -> Checkpoint:
     """A checkpoint whose name carries the recipe and the data, so that other work is never taken up."""
     if folder is None:
         return NoCheckpoint()
@@ -224,29 +272,21 @@ def _run_step(
     recipe: Recipe,
     position: int,
     start: Synthetic | None,
-    checkpoint: Checkpoint,
-    progress: Progress,
+    bench: Workbench,
 ) -> Synthetic:
-    state = checkpoint.load()
+    state = bench.checkpoint.load()
     if state is not None and "finished" in state:
-        return Synthetic(
-            images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"]
-        )
-    result = distiller.distill(
-        curator,
-        ipc=recipe.ipc,
-        seed=derive_seed(recipe.seed, "distill", position),
-        start=start,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
+        return _unpack(state)
+    seed = derive_seed(recipe.seed, "distill", position)
+    result = distiller.distill(curator, ipc=recipe.ipc, seed=seed, start=start, bench=bench)
     if result.schedule is None:
-        checkpoint.save(
-            {
-                "finished": torch.tensor(1),
-                "images": result.images,
-                "soft_labels": result.soft_labels,
-                "hard_labels": result.hard_labels,
-            }
-        )
+        bench.checkpoint.save({"finished": torch.tensor(1), **_pack(result)})
     return result
+
+
+def _pack(result: Synthetic) -> dict[str, Tensor]:
+    return {"images": result.images, "soft_labels": result.soft_labels, "hard_labels": result.hard_labels}
+
+
+def _unpack(state: Mapping[str, Tensor]) -> Synthetic:
+    return Synthetic(images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"])

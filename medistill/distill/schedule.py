@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.metrics import roc_auc_score
 
+from medistill.core.compute import Compute
 from medistill.core.distilled import Schedule
 from medistill.core.images import ImageSet
 from medistill.core.protocols import NetworkFactory, Synthetic
@@ -42,6 +43,7 @@ def choose_schedule(
     seed: int,
     students: int = 2,
     candidates: Sequence[Schedule] = CANDIDATES,
+    compute: Compute | None = None,
     progress: Progress,
 ) -> tuple[ScheduleScore, ...]:
     """Train students by every candidate and rank the candidates by validation AUROC, best first.
@@ -53,6 +55,7 @@ def choose_schedule(
         seed: Public seed.
         students: Networks per candidate.
         candidates: Schedules to compare.
+        compute: Device and precision.
         progress: Shows the trainings.
 
     Privacy:
@@ -71,6 +74,7 @@ def choose_schedule(
             weights_seed=derive_seed(seed, "student", student),
             order_seed=derive_seed(seed, "student", student, "order"),
             apply_to={"validation": part.images.numpy()},
+            compute=compute or Compute(),
         )
         for schedule, student in jobs
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +9,19 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from medistill.core.compute import Compute, fresh
 from medistill.core.distilled import Schedule
-from medistill.core.images import ImageSet
-from medistill.core.protocols import Checkpoint, Curator, Synthetic
+from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import TaskKind
+from medistill.distill.batches import balanced_batch
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.start import check_init, initial
+from medistill.distill.unrolled import Parameters, descended
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
-from medistill.progress import Progress
+from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.objectives import objective
-
-Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +80,20 @@ class SoftLabel:
             raise ConfigError("Expected iterations, unroll and batch_per_class >= 1.")
 
     def distill(
-        self,
-        curator: Curator,
-        *,
-        ipc: int,
-        seed: int,
-        start: Synthetic | None,
-        progress: Progress,
-        checkpoint: Checkpoint,
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Run the outer loop; resumes from the checkpoint with the same bits."""
         real, first = curator.images(), initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
         generator = torch.Generator().manual_seed(derive_seed(seed, "soft_label"))
-        learned = _Learned(first, self)
-        done = learned.restore(checkpoint.load(), generator)
-        for step in progress.track(
-            range(done, self.iterations), "soft labels", total=self.iterations, completed=done
+        learned = _Learned(first, self, bench.compute)
+        done = learned.restore(bench.checkpoint.load(), generator)
+        for step in bench.steps(
+            done,
+            self.iterations,
+            "soft labels",
+            every=self.checkpoint_every,
+            state=lambda step: learned.state(step, generator),
+            current=lambda: learned.result(self.unroll),
         ):
             network = fresh(
                 lambda task, shape: ConvNet(task, shape, width=self.width),
@@ -105,27 +101,30 @@ class SoftLabel:
                 curator.image_shape,
                 derive_seed(seed, "network", step),
             )
-            images, targets = balanced_batch(real, self.batch_per_class, generator)
+            images, targets = map(bench.compute.put, balanced_batch(real, self.batch_per_class, generator))
             loss = unrolled_loss(
-                network, learned, augment(images, generator), targets, kind=real.task.kind, unroll=self.unroll
+                network.to(bench.compute.device),
+                learned,
+                augment(images, generator),
+                targets,
+                kind=real.task.kind,
+                unroll=self.unroll,
             )
             learned.descend(loss, clip=self.clip)
             if self.decay_every and (step + 1) % self.decay_every == 0:
                 learned.halve()
-            progress.note(loss=loss.item(), rate=learned.rate.item())
-            if (step + 1) % self.checkpoint_every == 0:
-                checkpoint.save(learned.state(step + 1, generator))
+            bench.progress.note(loss=loss.item(), rate=learned.rate.item())
         return learned.result(self.unroll)
 
 
 class _Learned:
     """The learned quantities with their optimiser."""
 
-    def __init__(self, start: Synthetic, settings: SoftLabel) -> None:
-        self.images = start.images.clone().requires_grad_()
-        self.scores = (4.0 * (start.soft_labels - 0.5)).clone().requires_grad_()
+    def __init__(self, start: Synthetic, settings: SoftLabel, compute: Compute) -> None:
+        self.images = compute.put(start.images.clone()).requires_grad_()
+        self.scores = compute.put(4.0 * (start.soft_labels - 0.5)).clone().requires_grad_()
         self.hard_labels = start.hard_labels
-        raw = torch.tensor(settings.inner_rate)
+        raw = compute.put(torch.tensor(settings.inner_rate))
         self.raw_rate = torch.log(torch.expm1(raw)).requires_grad_()
         groups = [
             {"params": [self.images], "lr": settings.image_rate},
@@ -185,8 +184,8 @@ class _Learned:
             epochs=unroll, learning_rate=self.rate.item(), momentum=0.0, decay="constant", augment=False
         )
         return Synthetic(
-            images=self.images.detach().clone(),
-            soft_labels=self.soft_labels.detach().clone(),
+            images=self.images.detach().cpu().clone(),
+            soft_labels=self.soft_labels.detach().cpu().clone(),
             hard_labels=self.hard_labels,
             schedule=schedule,
         )
@@ -204,23 +203,5 @@ def unrolled_loss(
     """Loss of real images after ``unroll`` differentiable steps on the learned ones."""
     parameters: Parameters = dict(network.named_parameters())
     for _ in range(unroll):
-        logits = functional_call(network, parameters, (learned.images,))
-        inner = objective(kind, logits, learned.soft_labels)
-        gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
-        parameters = {
-            name: value - learned.rate * gradient
-            for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
-        }
-    return objective(kind, functional_call(network, parameters, (images,)), targets)
-
-
-def balanced_batch(real: ImageSet, per_class: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Random real images, equally many of every class, drawn with replacement."""
-    index = torch.cat(list(_draw(real, per_class, generator)))
-    return real.images[index], real.targets[index]
-
-
-def _draw(real: ImageSet, per_class: int, generator: Generator) -> Iterator[Tensor]:
-    for label in range(real.task.n_classes):
-        members = (real.targets[:, label] > 0.5).nonzero().flatten()
-        yield members[torch.randint(len(members), (per_class,), generator=generator)]
+        parameters = descended(network, parameters, learned.images, learned.soft_labels, learned.rate, kind)
+    return objective(kind, functional_call(network, dict(parameters), (images,)), targets)

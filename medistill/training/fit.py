@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from medistill.core.compute import Compute
 from medistill.core.distilled import Schedule
 from medistill.core.task import TaskKind
 from medistill.progress import Progress
@@ -14,6 +15,7 @@ from medistill.training.augment import augment
 from medistill.training.objectives import objective, probabilities
 
 _CACHED_PIXELS = 1 << 16
+_DEVICE_BATCH = 512
 
 
 def fit(
@@ -24,39 +26,45 @@ def fit(
     kind: TaskKind,
     schedule: Schedule,
     seed: int,
+    compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a network in place; there is no parameter through which test images could enter.
 
     Args:
-        network: Freshly initialised; moved nowhere.
-        images: Shape ``(n, c, h, w)`` in ``[0, 1]``.
+        network: Freshly initialised; moved to the device.
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)`` in ``[0, 1]``; on the CPU, batches go to the device.
         soft_labels: Shape ``(n, k)``.
         kind: Chooses the loss.
         schedule: Epochs, learning rate, optimiser, batch size and augmentation.
         seed: Public seed of batch order and augmentation.
+        compute: Device and precision; the CPU by default.
         progress: Shows the epochs.
 
     Returns:
         The same network in evaluation mode.
     """
-    progress = progress or Progress()
-    generator = torch.Generator(device=images.device).manual_seed(seed)
+    progress, compute = progress or Progress(), compute or Compute()
+    network = compute.ready(network)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(network, schedule)
     batch = schedule.batch_size or len(images)
     steps = schedule.epochs * math.ceil(len(images) / batch)
     decay = None
     if schedule.decay == "cosine":
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if batch >= len(images):
+        images, soft_labels = compute.put(images), compute.put(soft_labels)
     network.train()
     for _ in progress.track(range(schedule.epochs), "training"):
-        order = torch.randperm(len(images), generator=generator, device=images.device)
+        order = torch.randperm(len(images), generator=generator)
         for index in torch.split(order, batch):
-            inputs = images if batch >= len(images) else images[index]
-            targets = soft_labels if batch >= len(images) else soft_labels[index]
+            inputs = images if batch >= len(images) else compute.put(images[index])
+            targets = soft_labels if batch >= len(images) else compute.put(soft_labels[index])
             if schedule.augment:
                 inputs = augment(inputs, generator)
-            loss = objective(kind, network(inputs), targets)
+            with compute.autocast():
+                loss = objective(kind, network(inputs), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -79,10 +87,12 @@ def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Tensor, *, kind: TaskKind) -> Tensor:
-    """Class probabilities of shape ``(n, k)``, computed in batches."""
+def predict(network: nn.Module, images: Tensor, *, kind: TaskKind, compute: Compute | None = None) -> Tensor:
+    """Class probabilities of shape ``(n, k)`` on the CPU, computed in batches."""
+    compute = compute or Compute()
     network.eval()
-    return torch.cat([probabilities(kind, network(batch)) for batch in cache_sized(images)])
+    batches = cache_sized(images) if compute.device_type == "cpu" else torch.split(images, _DEVICE_BATCH)
+    return torch.cat([probabilities(kind, network(compute.put(batch))).cpu() for batch in batches])
 
 
 def cache_sized(images: Tensor) -> tuple[Tensor, ...]:
@@ -90,5 +100,5 @@ def cache_sized(images: Tensor) -> tuple[Tensor, ...]:
 
     For forward passes without gradients: four times faster on a CPU than batches of hundreds.
     """
-    pixels = images.shape[-1] * images.shape[-2]
+    pixels = math.prod(images.shape[2:])
     return torch.split(images, max(1, _CACHED_PIXELS // pixels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medistill.core.compute import Compute, fresh
 from medistill.core.distilled import Schedule
 from medistill.core.task import Task
 from medistill.parallel import parallel_map, worth_processes
@@ -33,6 +34,7 @@ class Student:
         weights_seed: Public seed of the initial weights.
         order_seed: Public seed of batch order and augmentation.
         apply_to: Images to predict, by name, each ``(m, c, h, w)``.
+        compute: Device and precision.
     """
 
     network: Callable[[Task, tuple[int, ...]], nn.Module]
@@ -43,6 +45,7 @@ class Student:
     weights_seed: int
     order_seed: int
     apply_to: Mapping[str, Floats]
+    compute: Compute = field(default_factory=Compute)
 
     @property
     def pixels(self) -> float:
@@ -61,9 +64,7 @@ class Trained:
 def train_student(student: Student) -> Trained:
     """Train one network from scratch and apply it."""
     task, began = student.task, time.process_time()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(student.weights_seed)
-        network = student.network(task, tuple(student.images.shape[1:]))
+    network = fresh(student.network, task, tuple(student.images.shape[1:]), student.weights_seed)
     fit(
         network,
         _tensor(student.images),
@@ -71,10 +72,11 @@ def train_student(student: Student) -> Trained:
         kind=task.kind,
         schedule=student.schedule,
         seed=student.order_seed,
+        compute=student.compute,
     )
     seconds = time.process_time() - began
     probabilities = {
-        name: predict(network, _tensor(images), kind=task.kind).numpy()
+        name: predict(network, _tensor(images), kind=task.kind, compute=student.compute).numpy()
         for name, images in student.apply_to.items()
     }
     return Trained(probabilities=probabilities, cpu_seconds=seconds)
@@ -87,5 +89,9 @@ def _tensor(array: Floats) -> Tensor:
 
 def train_students(students: Sequence[Student]) -> Iterator[Trained]:
     """Train several networks, in processes where that pays; results in order, the same bits either way."""
-    jobs = worth_processes(sum(student.pixels for student in students))
-    yield from parallel_map(train_student, students, jobs=jobs)
+    if not students:
+        return
+    compute = students[0].compute
+    jobs = compute.workers() or worth_processes(sum(student.pixels for student in students))
+    work = [replace(s, compute=s.compute.of_worker(number)) for number, s in enumerate(students)]
+    yield from parallel_map(train_student, work, jobs=jobs, engine=compute.engine)

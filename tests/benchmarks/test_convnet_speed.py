@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medistill.core.compute import fresh
 from medistill.core.task import Task
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet
 from medistill.training.fit import cache_sized
 
 pytestmark = pytest.mark.benchmark
@@ -71,7 +72,8 @@ _STEP = """
 import json, resource, sys, time, torch
 from medistill.cpu import keep_freed_memory
 from medistill.core.task import Task
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.core.compute import fresh
+from medistill.networks.convnet import ConvNet
 if sys.argv[1] == "keep": assert keep_freed_memory()
 torch.set_num_threads(1)
 network, images = fresh(ConvNet, Task.single_label(("a", "b")), (1, 64, 64), 0), torch.rand(64, 1, 64, 64)

@@ -16,13 +16,14 @@ from sklearn.metrics import roc_auc_score
 
 from medistill.config import load_config
 from medistill.core.cohort import Cohort
+from medistill.core.compute import fresh
 from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
 from medistill.cpu import keep_freed_memory
 from medistill.distill import distill
 from medistill.distill.start import random_images
 from medistill.ingest import ingest
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet
 from medistill.privacy.curator import OpenCurator
 from medistill.registry import SOURCES
 from medistill.training.fit import fit, predict

@@ -6,10 +6,11 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from medistill.core.compute import Compute, fresh
 from medistill.distill.distribution_matching import DistributionMatching, class_means, matching_loss
 from medistill.distill.kernel_ridge import ridge_prediction
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet
 from medistill.privacy.curator import OpenCurator
 from tests.conftest import blobs
 
@@ -52,7 +53,10 @@ def test_class_means_weigh_patients_equally() -> None:
     assert isinstance(network, ConvNet)
     repeated = many.select([0] * 20 + list(range(1, len(many))))  # one patient with twenty equal images
     torch.testing.assert_close(
-        class_means(OpenCurator(repeated), network), class_means(OpenCurator(many), network), rtol=1e-4, atol=1e-5
+        class_means(OpenCurator(repeated), network, Compute()),
+        class_means(OpenCurator(many), network, Compute()),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -63,7 +67,7 @@ def test_class_means_are_the_naive_means() -> None:
     with torch.no_grad():
         features = network.features(data.images)
     expected = torch.stack([features[data.classes == c].mean(0) for c in range(2)])
-    torch.testing.assert_close(class_means(OpenCurator(data), network), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(class_means(OpenCurator(data), network, Compute()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_matching_loss_is_the_naive_sum() -> None:

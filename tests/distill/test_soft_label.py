@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from medistill.core.protocols import Synthetic
+from medistill.core.compute import Compute
+from medistill.core.protocols import Synthetic, Workbench
 from medistill.core.task import TaskKind
-from medistill.distill.checkpoint import NoCheckpoint
-from medistill.distill.soft_label import SoftLabel, _Learned, balanced_batch, unrolled_loss
+from medistill.distill.batches import balanced_batch
+from medistill.distill.soft_label import SoftLabel, _Learned, unrolled_loss
 from medistill.privacy.curator import OpenCurator
-from medistill.progress import Progress
 from tests.conftest import blobs
 
 
@@ -34,7 +34,7 @@ def _setting() -> tuple[nn.Module, _Learned, torch.Tensor, torch.Tensor]:
         soft_labels=torch.eye(2, dtype=torch.float64).repeat_interleave(2, 0),
         hard_labels=torch.tensor([0, 0, 1, 1]),
     )
-    learned = _Learned(start, SoftLabel(inner_rate=0.3))
+    learned = _Learned(start, SoftLabel(inner_rate=0.3), Compute())
     learned.raw_rate = learned.raw_rate.detach().double().requires_grad_()
     real, targets = torch.rand(6, 1, 3, 3, dtype=torch.float64), torch.eye(2, dtype=torch.float64).repeat(3, 1)
     return _Smooth(), learned, real, targets
@@ -83,9 +83,7 @@ def test_batches_hold_every_class_equally() -> None:
 def test_it_learns_images_labels_and_rate() -> None:
     data = blobs(patients=20)
     distiller = SoftLabel(iterations=12, unroll=4, batch_per_class=8, width=8)
-    result = distiller.distill(
-        OpenCurator(data), ipc=1, seed=0, start=None, progress=Progress(), checkpoint=NoCheckpoint()
-    )
+    result = distiller.distill(OpenCurator(data), ipc=1, seed=0, start=None, bench=Workbench())
     assert result.schedule is not None
     assert abs(result.schedule.learning_rate - distiller.inner_rate) > 1e-3
     assert result.schedule.epochs == 4

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from medistill.core.compute import fresh
 from medistill.core.distilled import Schedule
 from medistill.core.task import Task, TaskKind
 from medistill.errors import ConfigError
-from medistill.networks.convnet import ConvNet, fresh
+from medistill.networks.convnet import ConvNet
 from medistill.training.augment import augment
 from medistill.training.fit import fit, predict
 from medistill.training.objectives import objective
