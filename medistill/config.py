@@ -30,10 +30,11 @@ from pydantic import (
 )
 
 from medistill.audit import AuditPolicy
+from medistill.core.compute import Compute
 from medistill.core.reports import Verdict
 from medistill.core.task import Task
 from medistill.distill import resolve_method
-from medistill.distill.runner import make_distiller
+from medistill.distill.runner import LOOKS, make_distiller
 from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig
 from medistill.ingest import IngestConfig
@@ -44,7 +45,7 @@ from medistill.registry import DISTILLERS, nearest
 
 #: Sections that are checked as a whole once their values are legal.
 _IDENTIFYING = frozenset({"patients", "studies", "series"})
-_RECORDS = ("ingest", "audit", "evaluate")
+_RECORDS = ("ingest", "audit", "evaluate", "compute")
 _Problem = tuple[str, str]
 
 
@@ -201,12 +202,16 @@ SourceSection = Annotated[
 class DistillSection(_Section):
     """What to distil and how.
 
-    ``settings`` holds, per distiller, what differs from its defaults.
+    The images of every distiller are looked at ``looks`` times as they form; after ``patience`` looks without a
+    better validation AUROC it is stopped (``0``: never). ``settings`` holds, per distiller, what differs from its
+    defaults.
     """
 
     method: str = "auto"
     ipc: int = Field(default=10, ge=1)
     size: int = Field(default=64, ge=16, le=1024)
+    looks: int = Field(default=LOOKS, ge=1)
+    patience: int = Field(default=0, ge=0)
     settings: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
 
     @field_validator("method")
@@ -293,12 +298,21 @@ class RunConfig(_Section):
 
     output: PathField
     seed: int = Field(default=0, ge=0)
+    compute: Compute = Field(default_factory=Compute)
     source: SourceSection
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     distill: DistillSection = Field(default_factory=DistillSection)
     audit: AuditPolicy = Field(default_factory=AuditPolicy)
     evaluate: EvaluationConfig = Field(default_factory=EvaluationConfig)
     release: ReleaseSection = Field(default_factory=ReleaseSection)
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _one_network(cls, values: object) -> object:
+        """One name in place of a list."""
+        if isinstance(values, dict) and isinstance(values.get("networks"), str):
+            return {**values, "networks": [values["networks"]]}
+        return values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

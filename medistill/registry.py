@@ -5,7 +5,7 @@ and ``--help`` stay fast. Other packages add entries through entry points of the
 
 Example:
     >>> DISTILLERS.names()[:2]
-    ['coreset', 'distribution_matching']
+    ['coreset', 'dataset_distillation']
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from medistill.errors import ConfigError
+
+__all__ = ["ATTACKS", "DISTILLERS", "NETWORKS", "SOURCES", "Registry", "nearest"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -59,12 +61,29 @@ DISTILLERS = Registry(
     kind="distillers",
     targets={
         "coreset": "medistill.distill.coreset:Coreset",
+        "dataset_distillation": "medistill.distill.dataset_distillation:DatasetDistillation",
         "distribution_matching": "medistill.distill.distribution_matching:DistributionMatching",
+        "gradient_matching": "medistill.distill.gradient_matching:GradientMatching",
         "kernel_ridge": "medistill.distill.kernel_ridge:KernelRidge",
         "soft_label": "medistill.distill.soft_label:SoftLabel",
+        "sre2l": "medistill.distill.sre2l:SRe2L",
+        "trajectory_matching": "medistill.distill.trajectory_matching:TrajectoryMatching",
     },
 )
-NETWORKS = Registry(kind="networks", targets={"convnet": "medistill.networks.convnet:ConvNet"})
+NETWORKS = Registry(
+    kind="networks",
+    targets={
+        "alexnet": "medistill.networks.alexnet:AlexNet",
+        "convnet": "medistill.networks.convnet:ConvNet",
+        "densenet121": "medistill.networks.adapters:DenseNet",
+        "efficientnet": "medistill.networks.adapters:EfficientNet",
+        "lenet": "medistill.networks.lenet:LeNet",
+        "mlp": "medistill.networks.mlp:MLP",
+        "mobilenet": "medistill.networks.adapters:MobileNet",
+        "resnet": "medistill.networks.resnet:ResNet",
+        "vit": "medistill.networks.vit:ViT",
+    },
+)
 ATTACKS = Registry(
     kind="attacks",
     targets={

@@ -45,6 +45,7 @@ from medistill.release.durable import output_errors, replace_durably
 from medistill.release.folder import write_release
 from medistill.release.gate import check_gate
 from medistill.release.tensors import load_distilled, save_distilled
+from medistill.report.forming import FormingSheet
 from medistill.report.page import three_lines
 from medistill.seeds import derive_seed
 
@@ -257,6 +258,10 @@ class _Run:
             settings=section.settings,
             validation=self.images(Split.VALIDATION),
             folder=self.folder / "checkpoints",
+            compute=self.config.compute,
+            looks=section.looks,
+            patience=section.patience,
+            observer=FormingSheet(self.folder / "forming"),
             progress=self.progress,
         )
         save_run_distilled(self.folder, done.distilled, done.snapshots)

@@ -137,7 +137,8 @@ def test_wrong_type_says_what_was_expected(changes: dict[str, Any], path: str | 
         ({"evaluate": {"seeds": 0}}, "evaluate: Expected seeds >= 1"),
         ({"evaluate": {"arms": ["reel"]}}, "Unknown arms reel. Did you mean 'real'?"),
         ({"evaluate": {"arms": []}}, "Expected at least one of the arms"),
-        ({"evaluate": {"network": "convnt"}}, "Unknown network 'convnt'. Did you mean 'convnet'?"),
+        ({"evaluate": {"networks": "convnt"}}, "Unknown network 'convnt'. Did you mean 'convnet'?"),
+        ({"evaluate": {"network": "convnet"}}, "evaluate.network: unknown. Did you mean 'networks'?"),
     ],
 )
 def test_value_out_of_range_says_what_is_legal(changes: dict[str, Any], words: str) -> None:

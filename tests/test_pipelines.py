@@ -17,7 +17,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "pipelines"
 PIPELINES = sorted(FOLDER.glob("*.py"))
 HOSPITAL = FOLDER / "hospital_release.py"
 VERBS = ("ingest", "distill", "audit", "evaluate", "release")
-PUBLIC = {"medistill", "medistill.diagnose", *(f"medistill.{verb}" for verb in VERBS)}
+_FURTHER = ("diagnose", "registry", "studies", "training")
+PUBLIC = {"medistill", *(f"medistill.{name}" for name in (*VERBS, *_FURTHER))}
+    "medistill",
+    *(f"medistill.{name}" for name in ("diagnose", "registry", "studies", "training")),
+    *(f"medistill.{verb}" for verb in VERBS),
+}
 QUICK = ("--ipc", "1", "--size", "16", "--quick")
 
 

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
+from torch.nn import functional as F
 
 Floats = NDArray[np.float64]
 _FLOOR = 1e-6
+_VOLUME_AXES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class CalibratedNeighbour:
 
     Args:
         components: Principal components, fewer where the reference is small.
+        volume_side: Side length to which larger volumes are averaged, for the sake of memory.
 
     References:
         Chen et al. 2020, arXiv:1909.03935. van Breugel et al. 2023, arXiv:2302.12580.
@@ -33,19 +36,20 @@ class CalibratedNeighbour:
     """
 
     components: int = 50
+    volume_side: int = 32
 
     def score(self, released: Tensor, candidates: Tensor, reference: Tensor) -> Floats:
         """Score every candidate image without being told who is a member.
 
         Args:
-            released: Images of the release, shape ``(m, c, h, w)``.
-            candidates: Shape ``(n, c, h, w)``.
+            released: Images of the release, shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
+            candidates: Shape ``(n, c, h, w)``, or that of volumes.
             reference: Images of patients who are neither members nor candidates, shape ``(r, c, h, w)``.
 
         Returns:
             Shape ``(n,)``; higher means more likely a member.
         """
-        flat = [_flat(images) for images in (released, candidates, reference)]
+        flat = [self._flat(images) for images in (released, candidates, reference)]
         count = min(self.components, len(flat[2]) - 1, flat[2].shape[1])
         space = PCA(n_components=count, svd_solver="randomized", random_state=0).fit(flat[2])
         near, who, other = (space.transform(images) for images in flat)
@@ -54,9 +58,10 @@ class CalibratedNeighbour:
         score: Floats = np.log(to_reference + _FLOOR) - np.log(to_release + _FLOOR)
         return score
 
-
-def _flat(images: Tensor) -> Floats:
-    return images.flatten(1).double().numpy()
+    def _flat(self, images: Tensor) -> Floats:
+        if images.ndim == _VOLUME_AXES and images.shape[-1] > self.volume_side:
+            images = F.interpolate(images, size=(self.volume_side,) * 3, mode="area")
+        return images.flatten(1).double().numpy()
 
 
 def nearest_distance(points: Floats, others: Floats) -> Floats:

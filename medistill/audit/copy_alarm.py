@@ -14,6 +14,7 @@ from medistill.core.images import ImageSet
 
 Floats = NDArray[np.float64]
 _NEARLY_ONE = 1 - 1e-6
+_VOLUME_AXES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class CopyAlarm:
 
     Args:
         side: Side length at which images are compared.
+        volume_side: The same for volumes.
 
     References:
         Ganev & De Cristofaro 2023, arXiv:2312.05114, on what distance to the closest record cannot show.
@@ -57,12 +59,13 @@ class CopyAlarm:
     """
 
     side: int = 32
+    volume_side: int = 16
 
     def search(self, released: Tensor, pool: ImageSet, reference: Tensor) -> CopySearch:
         """Search the released images.
 
         Args:
-            released: Shape ``(m, c, h, w)``.
+            released: Shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
             pool: Images of all patients that could have been copied, and of others.
             reference: Images of people outside the pool, shape ``(r, c, h, w)``.
         """
@@ -82,8 +85,9 @@ class CopyAlarm:
         )
 
     def _normalised(self, images: Tensor) -> Floats:
-        if images.shape[-1] > self.side:
-            images = F.interpolate(images, size=(self.side, self.side), mode="area")
+        side = self.volume_side if images.ndim == _VOLUME_AXES else self.side
+        if images.shape[-1] > side:
+            images = F.interpolate(images, size=(side,) * (images.ndim - 2), mode="area")
         flat = images.flatten(1).double()
         flat = flat - flat.mean(1, keepdim=True)
         unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)

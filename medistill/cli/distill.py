@@ -21,6 +21,18 @@ def distill(
     ipc: Annotated[int, typer.Option(min=1, help="Images per class.")] = 10,
     size: Annotated[int, typer.Option(min=16, help="Side length in pixels.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many looks without a better validation AUROC; 0: never.")
+    ] = 0,
+    looks: Annotated[int, typer.Option(min=1, help="Times to look at the images as they form.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    mixed_precision: Annotated[
+        bool, typer.Option("--mixed-precision", help="Forward passes in bfloat16.")
+    ] = False,
+    compile_networks: Annotated[
+        bool, typer.Option("--compile", help="Compile networks with torch.compile.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="DISTILLER.NAME=VALUE", help="Change a setting; repeatable."),
@@ -28,14 +40,17 @@ def distill(
 ) -> None:
     """Distil the train patients of a cohort into a few synthetic images with soft labels.
 
-    Interrupted, the same command goes on from its checkpoint.
+    Interrupted, the same command goes on from its checkpoint. RUN/forming/sheet.png shows the images as they
+    form and looks.csv what a student trained on them reaches on validation patients.
 
     Example: `medistill distill cohort --method auto --ipc 10 --out run`
     """
     from medistill.config import check_settings
+    from medistill.core.compute import Compute
     from medistill.distill import distill as distil
     from medistill.distill import resolve_method
     from medistill.privacy.curator import OpenCurator
+    from medistill.report.forming import FormingSheet
     from medistill.workflow import remember_cohort, save_run_distilled
 
     if (out / "distilled").exists():
@@ -53,6 +68,10 @@ def distill(
         settings=check_settings(method, _settings(settings or [])),
         validation=real.split("validation").images(size),
         folder=out / "checkpoints",
+        compute=Compute(device=device, mixed_precision=mixed_precision, compile=compile_networks, engine=engine),
+        looks=looks,
+        patience=patience,
+        observer=FormingSheet(out / "forming"),
         progress=progress(),
     )
     for stale in ("audit.json", "diagnosis.json"):
@@ -124,8 +143,10 @@ def audit(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
     cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Networks per arm.")] = 3,
-    network: Annotated[str, typer.Option(help="See `medistill list networks`.")] = "convnet",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per arm and network.")] = 3,
+    network: Annotated[
+        list[str] | None, typer.Option(help="See `medistill list networks`; repeatable. [default: convnet]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Compare training on the distilled set with training on real images, on patients held out.
@@ -147,13 +168,14 @@ def evaluate(
         train=real.split("train").images(size),
         validation=real.split("validation").images(size),
         tests={name: real.split(name).images(size) for name in ("test", "holdout")},
-        config=EvaluationConfig(seeds=seeds, network=network),
+        config=EvaluationConfig(seeds=seeds, networks=tuple(network or ["convnet"])),
         seed=seed,
         progress=progress(),
     )
     write_text(run / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")
     for arm in report.arms:
-        typer.echo(f"{arm.split:<8} {arm.arm:<15} {arm.images:>6} images  AUROC {arm.metrics['auroc']}")
+        called = f"{arm.network:<10} {arm.split:<8} {arm.arm:<15}"
+        typer.echo(f"{called} {arm.images:>6} images  AUROC {arm.metrics['auroc']}")
 
 
 @app.command()

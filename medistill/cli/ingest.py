@@ -41,6 +41,14 @@ class BurnedIn(StrEnum):
     ALLOW = "allow"
 
 
+class Colour(StrEnum):
+    """What becomes of colour images."""
+
+    AUTO = "auto"
+    GREY = "grey"
+    RGB = "rgb"
+
+
 class Volumes(StrEnum):
     """What an image of a series is."""
 
@@ -61,8 +69,15 @@ def ingest(
     size: Annotated[int, typer.Option(min=16, help="Stored side length in pixels.")] = 256,
     label_column: Annotated[str, typer.Option(help="Column of the CSV that holds the label.")] = "label",
     classes: Annotated[str, typer.Option(help="Order of the classes: NEGATIVE,POSITIVE for two.")] = "",
+    multilabel: Annotated[
+        bool, typer.Option("--multilabel", help="A label holds any subset of the classes: effusion;mass.")
+    ] = False,
+    no_class: Annotated[
+        str | None, typer.Option(help="With --multilabel: the label of images without any class, such as none.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     volumes: Annotated[Volumes, typer.Option(help="Slices one by one, or one cube per series.")] = Volumes.SLICES,
+    colour: Annotated[Colour, typer.Option(help="Keep colour; auto: for an npz of colour.")] = Colour.AUTO,
     burned_in: Annotated[BurnedIn, typer.Option(help="Images with text in their pixels.")] = BurnedIn.REJECT,
     defaced: Annotated[bool, typer.Option("--defaced", help="Take CT and MR of heads: they are defaced.")] = False,
     own_patients: Annotated[
@@ -89,6 +104,8 @@ def ingest(
 
     Example: `medistill ingest dicom --labels labels.csv --classes normal,pneumonia --out cohort`
 
+    Example: `medistill ingest films --labels findings.csv --multilabel --no-class none --out cohort`
+
     Example: `medistill ingest https://pacs/dicom-web --modality CR --date 20240101- --labels l.csv --out cohort`
     """
     from medistill.ingest import IngestConfig, load_or_create_key
@@ -108,8 +125,11 @@ def ingest(
             size=size,
             label_column=label_column,
             classes=tuple(classes.split(",")) if classes else None,
+            labels="multilabel" if multilabel else "single",
+            no_class=no_class,
             seed=seed,
             volumes=volumes.value,
+            colour=colour.value,
             burned_in=burned_in.value,
             heads="defaced" if defaced else "reject",
             missing_patient="own" if own_patients else "reject",

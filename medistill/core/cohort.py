@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -21,8 +22,7 @@ PSEUDONYM = re.compile(r"[A-Z2-7]{16}")
 REMAPPED_UID = re.compile(r"2\.25\.[1-9][0-9]{0,38}")
 AGE_BANDS = ("", "0-17", "18-29", "30-39", "40-49", "50-59", "60-69", "70-79", "80-89", "90+")
 SEXES = ("", "F", "M", "O")
-_IMAGE_AXES = 3
-_READ_CHUNK = 500
+_READ_VALUES = 1 << 23  #: pixels that are read at once
 
 
 class Split(StrEnum):
@@ -42,7 +42,8 @@ class Instance:
         uid: Remapped SOP instance UID under ``2.25.``.
         patient: Pseudonym: 16 characters of base32.
         study: Pseudonym of the study, or empty where the source has none.
-        label: Class name.
+        label: Class name; in a multilabel task names joined by ``;`` in alphabetical order, and ``;`` alone where
+            the image shows none of the classes.
         split: What this patient's images are used for.
         row: Position in the pixel store.
         modality: For example ``CR``, or empty.
@@ -89,7 +90,7 @@ class PixelStore(Protocol):
     """Random access to decoded pixels."""
 
     def read(self, rows: Sequence[int]) -> NDArray[np.uint16]:
-        """Pixels of some rows, shape ``(n, c, h, w)``; 0 is black and 65535 is white."""
+        """Pixels of some rows, shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``; 0 is black and 65535 is white."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,9 @@ class Cohort:
         if len({instance.uid for instance in self.instances}) != len(self.instances):
             raise DataError("Expected unique instance UIDs; found repeats.")
         home: dict[str, Split] = {}
+        classes = set(self.task.class_names)
         for instance in self.instances:
-            if instance.label not in self.task.class_names:
+            if not instance.label or not classes.issuperset(self.task.names_in(instance.label)):
                 raise DataError("Expected every label to be a class of the task; found another.")
             for key in (instance.patient, instance.pixel_key, instance.study):
                 if key and home.setdefault(key, instance.split) is not instance.split:
@@ -141,54 +143,54 @@ class Cohort:
         return replace(self, instances=chosen)
 
     def images(self, size: int) -> ImageSet:
-        """Read and resize all images, in constant extra memory.
+        """Read and resize all images; extra memory does not grow with their number.
+
+        Every axis is resized by the triangle filter: linear between pixels, and where an axis shrinks the filter
+        grows with the factor, so that every pixel counts. For volumes that is trilinear, one axis after another.
 
         Args:
-            size: Side length in pixels; images are stored square.
+            size: Side length in pixels; images are stored square, volumes as cubes.
 
         Returns:
-            Images of shape ``(n, c, size, size)`` in ``[0, 1]``.
+            Images of shape ``(n, c, size, size)``, or volumes ``(n, c, size, size, size)``, in ``[0, 1]``; targets
+            one-hot, or multi-hot for a multilabel task.
 
         Raises:
-            DataError: If there is no image, or the cohort holds volumes.
+            DataError: If there is no image.
         """
-        shape = self.profile.get("shape", ())
-        if len(shape) > _IMAGE_AXES:
-            raise DataError(
-                "Expected a cohort of images; found one of volumes, which distillation does not read yet. "
-                "Ingest again with volumes: slices."
-            )
         import torch  # noqa: PLC0415 - ingestion works without loading torch
-        from torch.nn.functional import interpolate  # noqa: PLC0415
 
-        from medistill.core.images import ImageSet  # noqa: PLC0415
+        from medistill.core.images import ImageSet, resized  # noqa: PLC0415
 
         if not self.instances:
             raise DataError("Expected at least one image in this part of the cohort, got none.")
-        blocks = []
-        for start in range(0, len(self.instances), _READ_CHUNK):
-            rows = [instance.row for instance in self.instances[start : start + _READ_CHUNK]]
-            block = torch.from_numpy(self.store.read(rows).astype(np.float32)) / 65535.0
-            if block.shape[-2:] != (size, size):
-                block = interpolate(block, size=(size, size), mode="bilinear", antialias=True)
-            blocks.append(block.clamp_(0.0, 1.0))
+        places = [instance.row for instance in self.instances]
+        shape = self.store.read(places[:1]).shape[1:]
+        chunk = max(1, _READ_VALUES // int(np.prod(shape)))
+        images = torch.empty(len(places), shape[0], *[size] * (len(shape) - 1))
+        for start in range(0, len(places), chunk):
+            block = torch.from_numpy(self.store.read(places[start : start + chunk]).astype(np.float32)) / 65535.0
+            images[start : start + chunk] = resized(block, size).clamp_(0.0, 1.0)
         index = {name: i for i, name in enumerate(self.task.class_names)}
-        classes = torch.tensor([index[instance.label] for instance in self.instances])
+        targets = torch.zeros(len(places), self.task.n_classes)
+        for place, instance in enumerate(self.instances):
+            targets[place, [index[name] for name in self.task.names_in(instance.label)]] = 1.0
         return ImageSet(
-            images=torch.cat(blocks),
-            targets=torch.nn.functional.one_hot(classes, self.task.n_classes).float(),
+            images=images,
+            targets=targets,
             patients=tuple(instance.patient for instance in self.instances),
             task=self.task,
         )
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Per split: images, patients, and images per class."""
+        """Per split: images, patients, and images per class, which overlap in a multilabel task."""
         table: dict[str, dict[str, int]] = {}
         for name in Split:
             part = [instance for instance in self.instances if instance.split is name]
+            shown = Counter(label for instance in part for label in self.task.names_in(instance.label))
             table[name.value] = {
                 "images": len(part),
                 "patients": len({instance.patient for instance in part}),
-                **{label: sum(i.label == label for i in part) for label in self.task.class_names},
+                **{label: shown[label] for label in self.task.class_names},
             }
         return table

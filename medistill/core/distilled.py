@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medistill.core.guarantee import PrivacyStatement
-from medistill.core.task import Task
+from medistill.core.task import Task, TaskKind
 from medistill.errors import DataError
 
 
@@ -110,18 +111,57 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewLabels:
+    """Crops of every image with a soft label each; a student trains on another view in every epoch.
+
+    Args:
+        boxes: Shape ``(v, m, 4)``, or ``(v, m, 6)`` for volumes: low corner, then high corner, in the order of
+            the image's axes, as shares of the side in ``[0, 1]``.
+        soft_labels: Shape ``(v, m, k)``, of the crop in the size of the whole image.
+        temperature: What logits were divided by in these labels, and are in a student trained on them.
+
+    Raises:
+        DataError: If a shape or range is violated.
+    """
+
+    boxes: Tensor
+    soft_labels: Tensor
+    temperature: float
+
+    def __post_init__(self) -> None:
+        boxes, labels = self.boxes, self.soft_labels
+        if boxes.ndim != 3 or boxes.shape[2] not in (4, 6) or not boxes.numel():
+            raise DataError(f"Expected boxes of views (v, m, 4) or (v, m, 6), got {tuple(boxes.shape)}.")
+        if labels.ndim != 3 or labels.shape[:2] != boxes.shape[:2]:
+            raise DataError(
+                f"Expected soft_labels of views {tuple(boxes.shape[:2])} x classes, got {tuple(labels.shape)}."
+            )
+        low, high = boxes.chunk(2, dim=2)
+        if not (float(low.min()) >= 0 and float(high.max()) <= 1 and bool((low < high).all())):
+            raise DataError("Expected every box of a view to be in [0, 1] and not empty.")
+        if not (float(labels.min()) >= 0 and float(labels.max()) <= 1):
+            raise DataError("Expected soft_labels of views in [0, 1].")
+        if not 0 < self.temperature < math.inf:
+            raise DataError(f"Expected temperature > 0, got {self.temperature}.")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistilledSet:
     """A few synthetic images with soft labels. No patient field exists in this type.
 
     Args:
-        images: Shape ``(m, c, h, w)``, finite, in ``[0, 1]``.
-        soft_labels: Shape ``(m, k)``, rows sum to one.
+        images: Shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``, finite, in ``[0, 1]``.
+        soft_labels: Shape ``(m, k)`` in ``[0, 1]``; rows sum to one, except for a multilabel task.
         hard_labels: Shape ``(m,)``, the class each image was made for.
         ipc: Images per class; ``m = ipc * k``.
         task: What is diagnosed.
         recipe: How it was made.
         schedule: How a student should be trained on it.
         privacy: What is guaranteed, with no default.
+        views: Crops with soft labels of their own, where the method made them.
 
     Raises:
         DataError: If a shape or range is violated.
@@ -135,6 +175,7 @@ class DistilledSet:
     recipe: Recipe
     schedule: Schedule
     privacy: PrivacyStatement
+    views: ViewLabels | None = None
 
     def __post_init__(self) -> None:
         m = self.ipc * self.task.n_classes
@@ -149,7 +190,16 @@ class DistilledSet:
             raise DataError("Expected finite images and soft_labels; the distillation diverged.")
         if float(self.images.min()) < 0 or float(self.images.max()) > 1:
             raise DataError("Expected released pixels in [0, 1].")
-        if not torch.allclose(self.soft_labels.sum(1), torch.ones(m), atol=1e-4):
+        self._check_labels(m)
+        expected = (m, 2 * (self.images.ndim - 2)), (m, self.task.n_classes)
+        if self.views is not None and (self.views.boxes.shape[1:], self.views.soft_labels.shape[1:]) != expected:
+            raise DataError(f"Expected boxes and soft_labels of every view {expected}.")
+
+    def _check_labels(self, m: int) -> None:
+        if self.task.kind is TaskKind.MULTILABEL:
+            if float(self.soft_labels.min()) < 0 or float(self.soft_labels.max()) > 1:
+                raise DataError("Expected soft_labels of a multilabel task in [0, 1].")
+        elif not torch.allclose(self.soft_labels.sum(1), torch.ones(m), atol=1e-4):
             raise DataError("Expected every row of soft_labels to sum to 1.")
 
     def __len__(self) -> int:
@@ -158,6 +208,10 @@ class DistilledSet:
     def fingerprint(self) -> str:
         """SHA-256 of the recipe, the images and the labels, hexadecimal; binds reports to this very set."""
         digest = hashlib.sha256(self.recipe.fingerprint().encode())
-        for tensor in (self.images, self.soft_labels, self.hard_labels):
+        tensors = [self.images, self.soft_labels, self.hard_labels]
+        if self.views is not None:
+            temperature = torch.tensor(self.views.temperature, dtype=torch.float64)
+            tensors += [self.views.boxes, self.views.soft_labels, temperature]
+        for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

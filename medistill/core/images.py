@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from medistill.core.task import Task
 from medistill.errors import DataError
@@ -18,7 +19,8 @@ class ImageSet:
 
     Args:
         images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``, float32 in ``[0, 1]`` by fixed public scaling.
-        targets: Shape ``(n, k)``, one row of class probabilities (one-hot for hard labels).
+        targets: Shape ``(n, k)``, one row of class probabilities (one-hot for hard labels, multi-hot for those of
+            a multilabel task).
         patients: Pseudonym of each image's patient, length ``n``.
         task: What is diagnosed.
 
@@ -50,7 +52,7 @@ class ImageSet:
 
     @property
     def classes(self) -> Tensor:
-        """Index of the most probable class, shape ``(n,)``."""
+        """Index of the most probable class, shape ``(n,)``; says nothing about a multilabel task."""
         return self.targets.argmax(1)
 
     @property
@@ -67,3 +69,24 @@ class ImageSet:
     def of_patients(self, patients: set[str] | frozenset[str]) -> ImageSet:
         """All images of some patients."""
         return self.select([i for i, patient in enumerate(self.patients) if patient in patients])
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images or volumes at another side length, by the triangle filter along every axis.
+
+    Args:
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``.
+        size: Side length of the result.
+
+    Returns:
+        Shape ``(n, c, size, size)`` or ``(n, c, size, size, size)``; the images themselves where they have it.
+    """
+    sides = images.shape[2:]
+    if all(side == size for side in sides):
+        return images
+    planes = interpolate(images.flatten(1, -3), size=(size, size), mode="bilinear", antialias=True)
+    if len(sides) == 2:
+        return planes
+    columns = planes.view(*images.shape[:3], size * size)
+    cubes = interpolate(columns, size=(size, size * size), mode="bilinear", antialias=True)
+    return cubes.view(*images.shape[:2], size, size, size)

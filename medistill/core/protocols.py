@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from medistill.core.compute import Compute
-from medistill.core.distilled import Schedule
+from medistill.core.distilled import Schedule, ViewLabels
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.images import ImageSet
 from medistill.core.task import Task
@@ -69,12 +69,13 @@ class NoCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """What one distiller hands on: images (as in :class:`ImageSet`), labels, and a schedule where it has one."""
+    """What one distiller hands on: images (as in :class:`ImageSet`), labels, schedule and views if any."""
 
     images: Tensor
     soft_labels: Tensor
     hard_labels: Tensor
     schedule: Schedule | None = None
+    views: ViewLabels | None = None
 
 
 class Watch(Protocol):

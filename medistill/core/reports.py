@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -165,6 +165,8 @@ class ArmResult:
         metrics: Metric name to estimate, mean over seeds, interval by patient bootstrap.
         seed_deviation: Metric name to standard deviation over seeds.
         cpu_seconds: CPU time of training per seed.
+        class_auroc: Class name to the AUROC of this class against all others; empty for two classes, where it is
+            the AUROC among the metrics.
     """
 
     arm: str
@@ -175,6 +177,16 @@ class ArmResult:
     metrics: Mapping[str, Estimate]
     seed_deviation: Mapping[str, float]
     cpu_seconds: float
+    class_auroc: Mapping[str, Estimate] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ArmResult:
+        """Inverse of :func:`dataclasses.asdict`."""
+        tables = {
+            name: {k: Estimate.from_json(v) for k, v in values.get(name, {}).items()}
+            for name in ("metrics", "class_auroc")
+        }
+        return cls(**{**values, **tables})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +194,7 @@ class DiagnosticReport:
     """Arms side by side on every evaluation split.
 
     Args:
-        arms: One entry per arm and split.
+        arms: One entry per network, arm and split.
         class_names: Classes; for two, ``(negative, positive)``.
         release: Fingerprint of the distilled set that was evaluated.
     """
@@ -198,8 +210,5 @@ class DiagnosticReport:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DiagnosticReport:
         """Inverse of :meth:`to_json`."""
-        arms = tuple(
-            ArmResult(**{**arm, "metrics": {k: Estimate.from_json(v) for k, v in arm["metrics"].items()}})
-            for arm in values["arms"]
-        )
+        arms = tuple(ArmResult.from_json(arm) for arm in values["arms"])
         return cls(arms=arms, class_names=tuple(values["class_names"]), release=str(values["release"]))

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from medistill import __version__
 from medistill.core.compute import fresh
+from medistill.core.task import TaskKind
 from medistill.errors import OutputError
 from medistill.progress import Progress
 from medistill.registry import NETWORKS
@@ -53,9 +54,13 @@ def train_on_release(
         kind=distilled.task.kind,
         schedule=distilled.schedule,
         seed=derive_seed(seed, "order"),
+        views=distilled.views,
         progress=progress,
     )
-    agreement = predict(model, distilled.images, kind=distilled.task.kind).argmax(1) == distilled.hard_labels
+    answers = predict(model, distilled.images, kind=distilled.task.kind)
+    agreement = answers.argmax(1) == distilled.hard_labels
+    if distilled.task.kind is TaskKind.MULTILABEL:  # an image may show several classes, or none
+        agreement = (answers >= 0.5) == (distilled.soft_labels >= 0.5)
     description = {
         "schema_version": 1,
         "network": network,

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from medistill.core.distilled import ViewLabels
+from medistill.core.protocols import Synthetic
 from medistill.errors import OutputError
 
 
@@ -49,6 +51,30 @@ class FileCheckpoint:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(self._path)
+
+
+def pack_synthetic(result: Synthetic) -> dict[str, Tensor]:
+    """Images, labels and views, flat, for a checkpoint; the schedule is not kept."""
+    packed = {"images": result.images, "soft_labels": result.soft_labels, "hard_labels": result.hard_labels}
+    if result.views is not None:
+        temperature = torch.tensor(result.views.temperature, dtype=torch.float64)
+        packed |= {"views.boxes": result.views.boxes, "views.soft_labels": result.views.soft_labels}
+        packed["views.temperature"] = temperature
+    return packed
+
+
+def unpack_synthetic(state: Mapping[str, Tensor]) -> Synthetic:
+    """Inverse of :func:`pack_synthetic`."""
+    views = None
+    if "views.boxes" in state:
+        views = ViewLabels(
+            boxes=state["views.boxes"],
+            soft_labels=state["views.soft_labels"],
+            temperature=state["views.temperature"].item(),
+        )
+    return Synthetic(
+        images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"], views=views
+    )
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

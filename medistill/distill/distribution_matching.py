@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from medistill.core.compute import Compute, fresh
 from medistill.core.protocols import Curator, Embed, Synthetic, Workbench
-from medistill.core.task import Task
+from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
+from medistill.distill.decay import cosine
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
@@ -28,7 +28,8 @@ class DistributionMatching:
     .. math:: \min_S \sum_k \sum_c \lVert \tfrac{1}{|S_c|} \sum_{s \in S_c} \phi_k(s) - \mu_{k,c} \rVert^2
 
     where :math:`\mu_{k,c}` is the mean over patients. The data is touched once per network, by one sum over
-    patients; every later step works on the cached means.
+    patients; every later step works on the cached means. In a multilabel task a class is the images that have it,
+    and a synthetic image's soft label is their mean label, from one more sum.
 
     Where it deviates: DM draws a new network and a new real batch at each step, starts from real images and uses
     SGD; cached means are 25 times cheaper a step at the same result, and the start is noise.
@@ -69,23 +70,24 @@ class DistributionMatching:
         images = bench.compute.put(first.images.clone()).requires_grad_()
         adam = torch.optim.Adam([images], lr=self.rate, betas=(0.9, 0.99))
         kept = bench.checkpoint.load()
-        done = 0
+        done, labels = 0, first.soft_labels
         if kept is None:
             asked = bench.progress.track(pool, "class means")
             means = torch.stack([class_means(curator, network, bench.compute) for network in asked])
+            if start is None and curator.task.kind is TaskKind.MULTILABEL:
+                labels = label_means(curator).repeat_interleave(ipc, dim=0)
         else:
-            means, done = bench.compute.put(kept["means"]), int(kept["step"])
+            means, labels, done = bench.compute.put(kept["means"]), kept["labels"], int(kept["step"])
             images.data.copy_(kept["images"])
             unpack_optimizer(adam, kept, "adam")
 
         def state(step: int) -> dict[str, Tensor]:
-            counted = {"step": torch.tensor(step), "images": images, "means": means}
+            counted = {"step": torch.tensor(step), "images": images, "means": means, "labels": labels}
             return {**counted, **pack_optimizer(adam, "adam")}
 
         def current() -> Synthetic:
-            return Synthetic(
-                images=images.detach().cpu().clone(), soft_labels=first.soft_labels, hard_labels=first.hard_labels
-            )
+            now = images.detach().cpu().clone()
+            return Synthetic(images=now, soft_labels=labels, hard_labels=first.hard_labels)
 
         for step in bench.steps(
             done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
@@ -137,6 +139,17 @@ def class_means(curator: Curator, network: ConvNet, compute: Compute) -> Tensor:
     return sums / counts.clamp_min(1e-6)[:, None]
 
 
+def label_means(curator: Curator) -> Tensor:
+    """Mean targets of the images that have each class of a multilabel task, shape ``(k, k)``, from one sum."""
+    k = curator.task.n_classes
+
+    def embed(images: Tensor, targets: Tensor) -> Tensor:
+        return (targets[:, :, None] * targets[:, None, :]).flatten(1)
+
+    together = curator.sum(embed).view(k, k).cpu()
+    return together / together.diagonal().clamp_min(1e-6)[:, None]
+
+
 def _embedding(network: ConvNet, compute: Compute) -> Embed:
     def embed(images: Tensor, targets: Tensor) -> Tensor:
         features = torch.cat([network.features(compute.put(part)) for part in cache_sized(images)])
@@ -145,8 +158,3 @@ def _embedding(network: ConvNet, compute: Compute) -> Embed:
         return torch.cat([weighted.flatten(1), targets], dim=1)
 
     return embed
-
-
-def cosine(done: float, *, floor: float) -> float:
-    """Factor falling from 1 to ``floor`` along half a cosine; ``done`` in ``[0, 1]``."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))

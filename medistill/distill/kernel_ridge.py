@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medistill.core.compute import Compute, fresh
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
-from medistill.core.task import Task
+from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
+from medistill.distill.decay import cosine
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
@@ -29,7 +28,8 @@ class KernelRidge:
     r"""Learn images and soft labels from which ridge regression predicts real targets.
 
     With features :math:`\Phi_s` of the synthetic and :math:`\Phi_t` of real images under a network that is being
-    trained on the synthetic set, and centred labels :math:`Y`,
+    trained on the synthetic set, and centred labels :math:`Y` (:math:`y - 1/k`, or :math:`y - 1/2` for several
+    labels an image),
 
     .. math:: \hat Y_t = \Phi_t \Phi_s^\top (\Phi_s \Phi_s^\top + \lambda \tfrac{\mathrm{tr}}{m} I)^{-1} Y_s,
               \qquad \mathcal L = \lVert \hat Y_t - Y_t \rVert^2 + \gamma \,\mathcal L_\mathrm{match}
@@ -123,7 +123,7 @@ class _Member:
     def __init__(self, network: ConvNet, rate: float) -> None:
         self.network, self.age, self.used = network.requires_grad_(False), 0, 0
         self.optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
-        self.real = torch.empty(0)
+        self.real = self.target = torch.empty(0)
 
 
 class _Run:
@@ -137,7 +137,7 @@ class _Run:
         k = self._classes = real.task.n_classes
         self._per_class = max(1, settings.real_batch // k)
         self._match = settings.match * (1 - 1 / ipc)
-        self._target = compute.put(_centred(torch.arange(k).repeat_interleave(self._per_class), k))
+        self._multilabel = real.task.kind is TaskKind.MULTILABEL
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "kernel_ridge"))
         self.images = compute.put(first.images.clone()).requires_grad_()
         self.scores = compute.put(self._initial_scores(first)).requires_grad_()
@@ -151,16 +151,23 @@ class _Run:
         self._made = 0
 
     def _initial_scores(self, first: Synthetic) -> Tensor:
-        """Scores whose softmax is the soft label kept away from 0 and 1 by the confidence."""
+        """Scores of the soft labels kept away from 0 and 1 by the confidence."""
         confidence, k = self._settings.confidence, self._classes
-        other = (1 - confidence) / (k - 1)
-        return (other + (confidence - other) * first.soft_labels).log()
+        other = (1 - confidence) / (1 if self._multilabel else k - 1)
+        labels = other + (confidence - other) * first.soft_labels
+        return labels.logit() if self._multilabel else labels.log()
+
+    def _soft_labels(self, scores: Tensor) -> Tensor:
+        return scores.sigmoid() if self._multilabel else scores.softmax(1)
+
+    def _centred(self, labels: Tensor) -> Tensor:
+        return labels - (0.5 if self._multilabel else 1 / self._classes)
 
     def result(self) -> Synthetic:
         """The running averages."""
         return Synthetic(
             images=self.average_images.cpu().clone(),
-            soft_labels=self.average_scores.softmax(1).cpu(),
+            soft_labels=self._soft_labels(self.average_scores).cpu(),
             hard_labels=self._hard_labels,
         )
 
@@ -168,7 +175,7 @@ class _Run:
 
     def step(self, step: int) -> float:
         settings = self._settings
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.iterations))
+        decay = cosine(step / settings.iterations, floor=0.05)
         for group, rate in zip(self._adam.param_groups, (settings.rate, settings.label_rate), strict=True):
             group["lr"] = rate * decay
         member = self._member(step % settings.pool)
@@ -185,10 +192,11 @@ class _Run:
         return loss.item()
 
     def _loss(self, member: _Member) -> Tensor:
-        features = member.network.features(augment(self.images, self._generator))
-        labels = self.scores.softmax(1) - 1 / self._classes
+        with self._compute.autocast():
+            features = member.network.features(augment(self.images, self._generator)).float()
+        labels = self._centred(self._soft_labels(self.scores))
         predicted = ridge_prediction(features, labels, member.real, ridge=self._settings.ridge)
-        loss = (predicted - self._target).square().mean()
+        loss = (predicted - member.target).square().mean()
         if self._match:
             k, d = self._classes, features.shape[1]
             gap = features.view(k, self._ipc, d).mean(1) - member.real.view(k, -1, d).mean(1)
@@ -208,7 +216,8 @@ class _Run:
             self._train(member, spread)
         else:
             self._train(member, settings.advance)
-        member.real, member.used = self._look(member.network), 0
+        member.real, member.target = self._look(member.network)
+        member.used = 0
         return member
 
     def _new_member(self) -> _Member:
@@ -223,7 +232,7 @@ class _Run:
         return _Member(network, self._settings.network_rate)
 
     def _train(self, member: _Member, steps: int) -> None:
-        images, labels = self.images.detach(), self.scores.detach().softmax(1)
+        images, labels = self.images.detach(), self._soft_labels(self.scores.detach())
         member.network.requires_grad_(True)
         for _ in range(steps):
             logits = member.network(augment(images, self._generator))
@@ -235,19 +244,21 @@ class _Run:
         member.age += steps
 
     @torch.no_grad()
-    def _look(self, network: ConvNet) -> Tensor:
-        """Features of a fresh, augmented real batch, class after class, shape ``(k * per_class, d)``."""
-        classes = self._real.classes
+    def _look(self, network: ConvNet) -> tuple[Tensor, Tensor]:
+        """Features ``(k * per_class, d)`` and centred targets of a fresh, augmented batch, class after class."""
         rows = []
         for label in range(self._classes):
-            members = (classes == label).nonzero().flatten()
+            members = (self._real.targets[:, label] > 0.5).nonzero().flatten()
             if len(members) >= self._per_class:
                 drawn = torch.randperm(len(members), generator=self._generator)[: self._per_class]
             else:
                 drawn = torch.randint(len(members), (self._per_class,), generator=self._generator)
             rows.append(members[drawn])
-        parts = cache_sized(self._compute.put(self._real.images[torch.cat(rows)]))
-        return torch.cat([network.features(augment(part, self._generator)) for part in parts])
+        index = torch.cat(rows)
+        parts = [self._compute.put(part) for part in cache_sized(self._real.images[index])]
+        with self._compute.autocast():
+            features = torch.cat([network.features(augment(part, self._generator)) for part in parts]).float()
+        return features, self._compute.put(self._centred(self._real.targets[index]))
 
     # -- checkpoint --------------------------------------------------------------------------------------------
 
@@ -266,7 +277,7 @@ class _Run:
             if member is not None:
                 kept |= {f"member{slot}.network.{k}": v for k, v in member.network.state_dict().items()}
                 kept |= pack_optimizer(member.optimizer, f"member{slot}.sgd")
-                kept[f"member{slot}.real"] = member.real
+                kept[f"member{slot}.real"], kept[f"member{slot}.target"] = member.real, member.target
                 kept[f"member{slot}.counts"] = torch.tensor([member.age, member.used])
         return kept
 
@@ -286,6 +297,7 @@ class _Run:
                 )
                 unpack_optimizer(member.optimizer, state, f"member{slot}.sgd")
                 member.real = put(state[f"member{slot}.real"])
+                member.target = put(state[f"member{slot}.target"])
                 member.age, member.used = (int(count) for count in state[f"member{slot}.counts"])
         self._made = int(state["made"])
         self._generator.set_state(state["generator"])
@@ -309,7 +321,3 @@ def ridge_prediction(features: Tensor, labels: Tensor, queries: Tensor, *, ridge
     weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram)).to(gram), labels)
     predicted: Tensor = queries @ features.T @ weights
     return predicted
-
-
-def _centred(classes: Tensor, k: int) -> Tensor:
-    return F.one_hot(classes, k).float() - 1 / k

@@ -26,7 +26,7 @@ from medistill.core.protocols import (
     Workbench,
 )
 from medistill.core.task import Task
-from medistill.distill.checkpoint import FileCheckpoint
+from medistill.distill.checkpoint import FileCheckpoint, pack_synthetic, unpack_synthetic
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.distill.start import initial
 from medistill.distill.watch import Observer, ValidationWatch
@@ -233,6 +233,7 @@ def run_recipe(
         recipe=recipe,
         schedule=schedule,
         privacy=curator.statement(),
+        views=result.views,
     )
     return Distillation(distilled=distilled, snapshots=snapshots)
 
@@ -276,17 +277,9 @@ def _run_step(
 ) -> Synthetic:
     state = bench.checkpoint.load()
     if state is not None and "finished" in state:
-        return _unpack(state)
+        return unpack_synthetic(state)
     seed = derive_seed(recipe.seed, "distill", position)
     result = distiller.distill(curator, ipc=recipe.ipc, seed=seed, start=start, bench=bench)
     if result.schedule is None:
-        bench.checkpoint.save({"finished": torch.tensor(1), **_pack(result)})
+        bench.checkpoint.save({"finished": torch.tensor(1), **pack_synthetic(result)})
     return result
-
-
-def _pack(result: Synthetic) -> dict[str, Tensor]:
-    return {"images": result.images, "soft_labels": result.soft_labels, "hard_labels": result.hard_labels}
-
-
-def _unpack(state: Mapping[str, Tensor]) -> Synthetic:
-    return Synthetic(images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"])

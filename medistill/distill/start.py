@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic
+from medistill.core.task import TaskKind
 from medistill.errors import ConfigError, DataError
 
 INITS = ("noise", "real")
+
+#: From the positions that may be picked now and those picked before to the next one.
+Pick = Callable[[Tensor, list[int]], int]
 
 
 def check_init(init: str) -> None:
@@ -24,7 +30,9 @@ def check_init(init: str) -> None:
 
 
 def initial(curator: Curator, *, init: str, ipc: int, seed: int, start: Synthetic | None) -> Synthetic:
-    """Images, one-hot soft labels and hard labels to begin with.
+    """Images, soft labels and hard labels to begin with.
+
+    Soft labels are one-hot; those of real images of a multilabel task are the images' own.
 
     Args:
         curator: Gives the shape and task; asked for images only when ``init="real"``.
@@ -39,9 +47,9 @@ def initial(curator: Curator, *, init: str, ipc: int, seed: int, start: Syntheti
     task = curator.task
     hard = torch.arange(task.n_classes).repeat_interleave(ipc)
     if init == "real":
-        images = random_images(curator.images(), ipc=ipc, seed=seed).images.clone()
-    else:
-        images = noise((len(hard), *curator.image_shape), seed=seed)
+        chosen = random_images(curator.images(), ipc=ipc, seed=seed)
+        return Synthetic(images=chosen.images, soft_labels=chosen.targets, hard_labels=hard)
+    images = noise((len(hard), *curator.image_shape), seed=seed)
     soft = F.one_hot(hard, task.n_classes).to(images.dtype)
     return Synthetic(images=images, soft_labels=soft, hard_labels=hard)
 
@@ -63,16 +71,60 @@ def random_images(images: ImageSet, *, ipc: int, seed: int) -> ImageSet:
     Raises:
         DataError: If a class has fewer than ``ipc`` images.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator).tolist()
-    classes = images.classes.tolist()
-    chosen: list[int] = []
-    for label, name in enumerate(images.task.class_names):
-        members = [i for i in order if classes[i] == label]
-        if len(members) < ipc:
-            raise DataError(f"Class {name!r} has {len(members)} images; ipc={ipc} needs at least {ipc}.")
-        first_of_patient = {images.patients[i]: i for i in reversed(members)}
-        first = [i for i in members if first_of_patient[images.patients[i]] == i]
-        repeated = sorted(set(members) - set(first), key=members.index)
-        chosen += (first + repeated)[:ipc]
-    return images.select(chosen)
+    return images.select(choose_images(images, ipc=ipc, seed=seed, picker=lambda _: _first))
+
+
+def choose_images(images: ImageSet, *, ipc: int, seed: int, picker: Callable[[Tensor], Pick]) -> list[int]:
+    """Positions of ``ipc`` images per class, in class order, one after the other.
+
+    No patient is chosen twice in a class unless they run out. An image with several labels is chosen for one of
+    them only, as long as there are others; the rarest class chooses first.
+
+    Args:
+        images: What to choose from.
+        ipc: Images per class.
+        seed: Public seed of the order in which images are offered.
+        picker: From the positions of a class's images, in that order, to the rule that picks among them.
+
+    Raises:
+        DataError: If a class has fewer than ``ipc`` images.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    numbers = {patient: number for number, patient in enumerate(images.unique_patients)}
+    patients = torch.tensor([numbers[patient] for patient in images.patients])
+    members = [order[_labelled(images, label)[order]] for label in range(images.task.n_classes)]
+    for name, found in zip(images.task.class_names, members, strict=True):
+        if len(found) < ipc:
+            raise DataError(f"Class {name!r} has {len(found)} images; ipc={ipc} needs at least {ipc}.")
+    taken = torch.zeros(len(images), dtype=torch.bool)
+    chosen: dict[int, list[int]] = {}
+    for label in sorted(range(len(members)), key=lambda label: len(members[label])):
+        offered = members[label]
+        picked = _pick(taken[offered], patients[offered], ipc, picker(offered))
+        chosen[label] = offered[picked].tolist()
+        taken[chosen[label]] = True
+    return [position for label in range(len(members)) for position in chosen[label]]
+
+
+def _labelled(images: ImageSet, label: int) -> Tensor:
+    """Which images have a label, shape ``(n,)``."""
+    if images.task.kind is TaskKind.MULTILABEL:
+        return images.targets[:, label] > 0.5
+    return images.classes == label
+
+
+def _pick(taken: Tensor, patients: Tensor, ipc: int, pick: Pick) -> list[int]:
+    """Positions among the images of a class; the later ranks only when the earlier ones are used up."""
+    new, patient_again, image_again, used = range(4)
+    rank = torch.where(taken, image_again, new)
+    picked: list[int] = []
+    for _ in range(ipc):
+        at = pick((rank == rank.min()).nonzero().flatten(), picked)
+        rank[(patients == patients[at]) & (rank == new)] = patient_again
+        rank[at] = used
+        picked.append(at)
+    return picked
+
+
+def _first(candidates: Tensor, _: list[int]) -> int:
+    return int(candidates[0])

@@ -11,6 +11,7 @@ from torch import Tensor
 from medistill.core.compute import Compute
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Checkpoint, NetworkFactory, Synthetic
+from medistill.distill.checkpoint import pack_synthetic, unpack_synthetic
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.progress import Progress
 
@@ -79,9 +80,7 @@ class ValidationWatch:
         state = self.kept.load()
         if state is not None:
             self._aurocs = dict(zip(state["steps"].tolist(), state["aurocs"].tolist(), strict=True))
-            self._best = Synthetic(
-                images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"]
-            )
+            self._best = unpack_synthetic(state)
 
     def __call__(self, step: int, steps: int, current: Callable[[], Synthetic]) -> bool:
         """Look when it is time; ``True`` when patience is at an end."""
@@ -106,7 +105,7 @@ class ValidationWatch:
         if not self._stopped or self._best is None:
             return last
         self.progress.say(f"{self.distiller}: stopped early; the images of step {self._best_step} are the best.")
-        return replace(last, **{name: getattr(self._best, name) for name in ("images", "soft_labels")})
+        return replace(last, **{name: getattr(self._best, name) for name in ("images", "soft_labels", "views")})
 
     @property
     def _stopped(self) -> bool:
@@ -126,9 +125,7 @@ class ValidationWatch:
             {
                 "steps": torch.tensor(list(self._aurocs)),
                 "aurocs": torch.tensor(list(self._aurocs.values()), dtype=torch.float64),
-                "images": synthetic.images,
-                "soft_labels": synthetic.soft_labels,
-                "hard_labels": synthetic.hard_labels,
+                **pack_synthetic(synthetic),
             }
         )
 

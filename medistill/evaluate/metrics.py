@@ -1,7 +1,7 @@
 """Diagnostic metrics under image weights, many weightings at once.
 
 A weighting is one row of ``weights``: all ones for the plain metric, or the multiplicities of a bootstrap draw.
-Metrics of more than two classes are macro averages of one class against the rest.
+Metrics of more than two classes, and of multilabel tasks, are macro averages of one class against the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
+from medistill.core.task import TaskKind
 
 Floats = NDArray[np.float64]
 
@@ -49,6 +51,61 @@ def _rate(hit: NDArray[np.bool_], among: NDArray[np.bool_], weights: Floats) -> 
     return rate
 
 
+def operating_points(kind: TaskKind, probabilities: Floats, targets: Floats) -> tuple[float, ...]:
+    """Thresholds chosen by :func:`operating_point`: one for two classes, one per class of a multilabel task.
+
+    Args:
+        kind: Kind of the task.
+        probabilities: Shape ``(n, k)``, of patients who are neither trained on nor tested.
+        targets: Shape ``(n, k)``.
+
+    Returns:
+        Nothing for more than two classes that exclude each other: the most probable one is decided for.
+    """
+    if kind is TaskKind.MULTICLASS:
+        return ()
+    if kind is TaskKind.BINARY:
+        return (operating_point(probabilities, targets.argmax(1)),)
+    return tuple(_best_cut(p, t > 0.5) for p, t in zip(probabilities.T, targets.T, strict=True))
+
+
+def task_metrics(
+    kind: TaskKind, probabilities: Floats, targets: Floats, weights: Floats, *, thresholds: tuple[float, ...]
+) -> Mapping[str, Floats]:
+    """All of :data:`METRICS` for every weighting, of any kind of task.
+
+    Args:
+        kind: Kind of the task.
+        probabilities: Shape ``(n, k)``.
+        targets: Shape ``(n, k)``, one-hot or multi-hot.
+        weights: Shape ``(b, n)``.
+        thresholds: From :func:`operating_points`.
+
+    Returns:
+        Metric name to shape ``(b,)``, as :func:`diagnostic_metrics`; for a multilabel task every metric is the
+        mean over classes, each of them a task of two classes. A class that all images show, or none, does not
+        count.
+    """
+    if kind is not TaskKind.MULTILABEL:
+        cut = thresholds[0] if thresholds else None
+        return diagnostic_metrics(probabilities, targets.argmax(1), weights, threshold=cut)
+    shown = targets > 0.5
+    both = np.flatnonzero(shown.any(0) & ~shown.all(0))
+    if not len(both):
+        return dict.fromkeys(METRICS, np.full(len(weights), np.nan))
+    decided = probabilities >= np.asarray(thresholds)
+    true_positive = [_rate(decided[:, c], shown[:, c], weights) for c in both]
+    true_negative = [_rate(~decided[:, c], ~shown[:, c], weights) for c in both]
+    areas = [weighted_auroc(probabilities[:, c], shown[:, c], weights) for c in both]
+    return _averages(true_positive, true_negative, areas, pairs=True)
+
+
+def class_aurocs(probabilities: Floats, targets: Floats, weights: Floats) -> Floats:
+    """AUROC of every class against the rest for every weighting, shape ``(k, b)``; see :func:`weighted_auroc`."""
+    columns = zip(probabilities.T, targets.T, strict=True)
+    return np.stack([weighted_auroc(p, t > 0.5, weights) for p, t in columns])
+
+
 def diagnostic_metrics(
     probabilities: Floats, classes: NDArray[np.int64], weights: Floats, *, threshold: float | None
 ) -> Mapping[str, Floats]:
@@ -75,6 +132,13 @@ def diagnostic_metrics(
     true_positive = [_rate(decided == c, classes == c, weights) for c in labels]
     true_negative = [_rate(decided != c, classes != c, weights) for c in labels]
     areas = [weighted_auroc(probabilities[:, c], classes == c, weights) for c in labels]
+    return _averages(true_positive, true_negative, areas, pairs=k == 2)
+
+
+def _averages(
+    true_positive: list[Floats], true_negative: list[Floats], areas: list[Floats], *, pairs: bool
+) -> Mapping[str, Floats]:
+    """Means over classes; ``pairs`` where each class and its absence are two classes of their own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         sensitivity = np.nanmean(true_positive, axis=0)
@@ -84,7 +148,7 @@ def diagnostic_metrics(
         harmonic = np.where(
             sensitivity + specificity > 0, 2 * sensitivity * specificity / (sensitivity + specificity), 0.0
         )
-    balanced = (sensitivity + specificity) / 2 if k == 2 else sensitivity
+    balanced = (sensitivity + specificity) / 2 if pairs else sensitivity
     return {
         "auroc": auroc,
         "diagnostic_sensitivity": sensitivity,
@@ -104,9 +168,12 @@ def operating_point(probabilities: Floats, classes: NDArray[np.int64]) -> float:
     Returns:
         The middle between the two scores around the best cut.
     """
-    scores = probabilities[:, 1]
+    return _best_cut(probabilities[:, 1], classes == 1)
+
+
+def _best_cut(scores: Floats, shown: NDArray[np.bool_]) -> float:
     order = np.argsort(-scores, kind="stable")
-    positive = (classes == 1)[order]
+    positive = shown[order]
     gain = np.cumsum(positive) / max(1, positive.sum()) - np.cumsum(~positive) / max(1, (~positive).sum())
     ranked = scores[order]
     last_of_ties = np.r_[ranked[1:] != ranked[:-1], True]

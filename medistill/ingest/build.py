@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import medistill
 from medistill.core.cohort import Cohort
-from medistill.core.task import Task
+from medistill.core.task import Task, TaskKind
 from medistill.errors import ConfigError, OutputError, SourceError
 from medistill.ingest.burned_in import OCR_MEMORY_MB, OCR_SECONDS, Screen, TextPolicy
 from medistill.ingest.cache import Accepted, publish, working_folder, write_cohort
@@ -27,7 +27,7 @@ from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.intensity import Policy
 from medistill.ingest.isolation import Limits, Outcome, isolated
 from medistill.ingest.journal import PASSING, Journal
-from medistill.ingest.labels import LabelTable, load_labels, make_task
+from medistill.ingest.labels import LabelRule, LabelTable, load_labels, make_task
 from medistill.ingest.quarantine import REASON_CODES, Rejected
 from medistill.ingest.reading import Content, Deferred, Found, Reader, Source, Work
 from medistill.ingest.resolve import Resolver
@@ -45,6 +45,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "missing_patient": ("reject", "own"),
     "volumes": ("slices", "cubes"),
     "ocr": ("auto", "require", "never"),
+    "colour": ("auto", "grey", "rgb"),
+    "labels": ("single", "multilabel"),
 }
 _OCR: dict[str, bool | Literal["auto"]] = {"auto": "auto", "require": True, "never": False}
 
@@ -59,6 +61,9 @@ class IngestConfig:
             file) as one volume.
         fit: ``pad`` (aspect kept, black borders), ``crop`` (centre) or ``stretch``.
         intensity: ``voi`` (the header's window), ``percentile`` (of each image) or ``none`` (full range).
+        colour: ``grey`` turns colour images into their luminance, ``rgb`` stores three channels of every image (of
+            a grey one three times the same); ``auto`` takes ``rgb`` for an ``.npz`` file of colour images and
+            ``grey`` for everything else, and the cohort says which it was.
         burned_in: What to do about text in pixels, declared by the header or found by looking: ``reject`` the
             image, ``mask`` the text, or ``allow`` it and do not look.
         ocr: ``auto`` reads suspected text where the extra ``ocr`` is installed, ``require`` refuses to work
@@ -73,6 +78,10 @@ class IngestConfig:
         fractions: Share of patients per split.
         seed: Another seed divides the patients differently.
         label_column: Column of the label table with the class.
+        labels: ``single`` takes a label for one class; ``multilabel`` for any subset of the classes, joined by
+            ``;`` or ``|``, for example ``effusion;mass``.
+        no_class: With ``multilabel``, the label of an image that shows none of the classes, for example ``none``;
+            empty text takes empty cells for it. Where not given, an image without a class has no label.
         classes: Order of the classes, ``(negative, positive)`` for two; sorted where not given.
 
     Raises:
@@ -85,6 +94,7 @@ class IngestConfig:
     volumes: str = "slices"
     fit: str = "pad"
     intensity: str = "voi"
+    colour: str = "auto"
     burned_in: str = "reject"
     ocr: str = "auto"
     heads: str = "reject"
@@ -94,6 +104,8 @@ class IngestConfig:
     fractions: SplitFractions = field(default_factory=SplitFractions)
     seed: int = 0
     label_column: str = "label"
+    labels: str = "single"
+    no_class: str | None = None
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +118,17 @@ class IngestConfig:
             problems.append(f"expected size from 8 to 4096, got {self.size}")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) != len(self.classes)):
             problems.append("expected classes to be at least 2 different names")
+        if self.no_class is not None and self.labels == "single":
+            problems.append("expected no_class only with labels multilabel")
+        if self.colour == "rgb" and self.volumes == "cubes":
+            problems.append("expected colour grey for volumes cubes")
         if problems:
             raise ConfigError("Ingestion: " + "; ".join(problems) + ".")
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """How a label is read."""
+        return LabelRule(multilabel=self.labels == "multilabel", no_class=self.no_class)
 
 
 def ingest(
@@ -159,12 +180,14 @@ def ingest(
     if engine != "local" and getattr(source, "local_only", False):
         raise ConfigError("This source keeps what it retrieves on this machine. Use engine 'local'.")
     check_engine(engine)
+    if config.colour == "auto":
+        config = replace(config, colour="rgb" if getattr(source, "in_colour", False) else "grey")
     pseudonymiser = Pseudonymiser(key)
     table = _load_table(source, labels, config, pseudonymiser)
     reader = _reader(source, config, pseudonymiser)
     with working_folder(Path(out)) as partial:
-        sides = 2 if config.volumes == "slices" else 3
-        journal = Journal(partial, fingerprint=_fingerprint(reader), shape=(1, *[config.size] * sides))
+        sides, channels = 2 if config.volumes == "slices" else 3, 3 if config.colour == "rgb" else 1
+        journal = Journal(partial, fingerprint=_fingerprint(reader), shape=(channels, *[config.size] * sides))
         try:
             scan = _Scan(
                 source=source,
@@ -175,12 +198,14 @@ def ingest(
             )
             scan.run(reader, config.limits, progress, jobs=jobs, engine=engine)
             scan.forget_vanished()
-            resolver = Resolver(journal=journal, table=table, missing_patient=config.missing_patient)
+            resolver = Resolver(
+                journal=journal, table=table, missing_patient=config.missing_patient, rule=config.label_rule
+            )
             resolver.decide()
             _write_notes(private_notes, resolver)
             _check_usable(resolver, len(source), config)
             warning = table.close() if table else ""
-            task = make_task(resolver.labels(), config.classes)
+            task = make_task(resolver.labels(), config.classes, multilabel=config.labels == "multilabel")
             resolver.divide(config.fractions, pseudonymiser, config.seed)
             _write_notes(private_notes, resolver)
             profile = _profile(source, config, task, resolver)
@@ -325,14 +350,27 @@ def _load_table(
     if labels is None:
         if not source.labelled:
             raise SourceError("This source has no labels of its own. Give a label table (CSV).")
+        _check_joint(source, config)
         return None
-    return load_labels(
+    table = load_labels(
         Path(labels),
         kinds=source.keys,
         label_column=config.label_column,
         labels_required=not source.labelled,
         pseudonymiser=pseudonymiser,
+        rule=config.label_rule,
     )
+    if not table.has_labels:
+        _check_joint(source, config)
+    return table
+
+
+def _check_joint(source: Source, config: IngestConfig) -> None:
+    if getattr(source, "joint_labels", False) and config.labels == "single":
+        raise SourceError(
+            "The source says of each of several classes whether it holds. Set labels to multilabel, or give a "
+            "label table with one class for each image."
+        )
 
 
 def _reader(source: Source, config: IngestConfig, pseudonymiser: Pseudonymiser) -> Reader:
@@ -343,6 +381,7 @@ def _reader(source: Source, config: IngestConfig, pseudonymiser: Pseudonymiser) 
         size=config.size,
         fit=Fit(config.fit),
         policy=Policy(config.intensity),
+        colour=config.colour == "rgb",
         screen=Screen(policy=TextPolicy(config.burned_in), use_ocr=_OCR[config.ocr]),
         defaced=config.heads == "defaced",
     )
@@ -350,7 +389,7 @@ def _reader(source: Source, config: IngestConfig, pseudonymiser: Pseudonymiser) 
 
 def _fingerprint(reader: Reader) -> str:
     """What the reading of a file depends on besides the file."""
-    names = ("keys", "size", "fit", "policy", "screen", "defaced")
+    names = ("keys", "size", "fit", "policy", "colour", "screen", "defaced")
     decode = getattr(reader.decode, "func", reader.decode)
     settings = {
         "key": reader.pseudonymiser.token("key", "fingerprint"),
@@ -417,7 +456,7 @@ def _summarise(
         f"{counts['images']} images of {counts['patients']} patients; {sum(quarantine.values())} images and files "
         f"of {counts['files']} files in quarantine."
     )
-    if task.n_classes == 2 and not config.classes:
+    if task.kind is TaskKind.BINARY and not config.classes:
         progress.say(
             f"Positive class: {task.class_names[1]!r}, the second in alphabetical order. "
             "If that is wrong, give the classes as NEGATIVE,POSITIVE."

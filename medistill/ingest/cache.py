@@ -5,7 +5,8 @@
     cohort/
       profile.json        schema version, task, how the images were made, counts, versions
       manifest.csv        one row per image or rejection; pseudonyms and reason codes only
-      shards/00000.safetensors    16-bit pixels of 500 images, shape (n, 1, h, w), or volumes, (n, 1, d, h, w)
+      shards/00000.safetensors    16-bit pixels of 500 images, shape (n, c, h, w) with c of 1 or 3, or of volumes,
+                                  shape (n, 1, d, h, w)
 
 A cohort appears complete or not at all: everything is written to a folder beside it, which is renamed at the end.
 The manifest has one row per image or rejection in the order of the scan; ``frame`` counts images of one file from

@@ -1,7 +1,7 @@
 """DICOM files to stored values, frame by frame; every failure becomes a reason code.
 
 The header is parsed up to the pixel data, and frames are read one at a time from where they lie in the file: a
-file of any length costs the memory of one frame. Colour images become grey by luminance,
+file of any length costs the memory of one frame. Grey levels of a colour image are its luminance,
 ``0.299 R + 0.587 G + 0.114 B``. Exception texts of libraries can quote header values, so they are neither kept nor
 logged, and pydicom's own log is silent meanwhile.
 

@@ -56,13 +56,15 @@ class Decoded:
     """One decoded image (a frame or a slice) before it is made square.
 
     Args:
-        stored: Shape ``(h, w)``: stored values of a grey image, or float32 luminance in ``[0, 1]``.
-        presentation: What the header says about stored values; ``None`` where ``stored`` is luminance.
+        stored: Shape ``(h, w)``: stored values of a grey image, or grey levels in ``[0, 1]``; shape ``(h, w, 3)``
+            for red, green and blue.
+        presentation: What the header says about stored values; ``None`` for grey levels and for colour.
         policy: How grey levels are chosen.
         header: Identity and description; stays inside the reader.
         frame: Number of the frame within its file from 1; 0 where the file is one image.
         flags: Assumptions that were made, as fixed words.
         hidden: Boxes that are black in every result.
+        top: Value of full intensity in a colour image.
     """
 
     stored: NDArray[Any] = field(repr=False)
@@ -72,9 +74,10 @@ class Decoded:
     frame: int = 0
     flags: tuple[str, ...] = ()
     hidden: tuple[Box, ...] = field(default=(), repr=False)
+    top: float = field(default=1.0, repr=False)
 
     def grey(self) -> NDArray[np.float32]:
-        """Grey levels in ``[0, 1]`` at full resolution, 0 is black.
+        """Grey levels in ``[0, 1]`` at full resolution, 0 is black; of a colour image its luminance.
 
         Raises:
             RejectedFile: If a value that is not padding is not finite.
@@ -82,12 +85,36 @@ class Decoded:
         if self.presentation is not None:
             grey = normalise(self.stored, self.presentation, self.policy)
         else:
-            grey = self.stored.astype(np.float32)
+            grey = self._luminance()
             if self.policy is Policy.PERCENTILE:
                 grey = stretch(grey, *percentile_limits(grey)).astype(np.float32, copy=False)
         for top, left, bottom, right in self.hidden:
             grey[top:bottom, left:right] = 0
         return grey
+
+    def _luminance(self) -> NDArray[np.float32]:
+        return self.stored.astype(np.float32) if self.stored.ndim == 2 else luminance(self.stored, top=self.top)
+
+    def colours(self, size: int, fit: Fit) -> NDArray[np.uint16]:
+        """Shape ``(3, size, size)``: red, green and blue; three times the same for a grey image.
+
+        Where levels are stretched, the three channels are stretched alike, by the percentiles of the luminance.
+
+        Raises:
+            RejectedFile: If a value that is not padding is not finite.
+        """
+        if self.stored.ndim == 2:
+            return np.repeat(self.pixels(size, fit)[None], 3, axis=0)
+        limits = percentile_limits(self._luminance()) if self.policy is Policy.PERCENTILE else None
+        planes = []
+        for channel in range(3):
+            plane = self.stored[..., channel].astype(np.float32) / np.float32(self.top)
+            if limits is not None:
+                plane = stretch(plane, *limits).astype(np.float32, copy=False)
+            for top, left, bottom, right in self.hidden:
+                plane[top:bottom, left:right] = 0
+            planes.append(fit_square(plane, size, fit))
+        return np.stack(planes)
 
     def pixels(self, size: int, fit: Fit) -> NDArray[np.uint16]:
         """Shape ``(size, size)``; 0 is black and 65535 is white.
@@ -176,7 +203,7 @@ def decode_dicom(payload: Path | bytes | Dataset, policy: Policy) -> Iterator[De
     with open_image(payload) as image:
         header = read_header(image.dataset)
         single = None if image.pixels.colour or has_frame_groups(image.dataset) else _presentation(image, 0)
-        for index, (stored, flags) in enumerate(read_frames(image)):
+        for index, (stored, top, flags) in enumerate(read_frames(image)):
             presentation = single
             if single is None and not image.pixels.colour:
                 presentation = _presentation(image, index)
@@ -187,6 +214,7 @@ def decode_dicom(payload: Path | bytes | Dataset, policy: Policy) -> Iterator[De
                 header=header,
                 frame=index + 1 if image.pixels.frames > 1 else 0,
                 flags=(*image.flags, *_flags(presentation), *flags),
+                top=top,
             )
 
 
@@ -201,11 +229,11 @@ def _flags(presentation: Presentation | None) -> tuple[str, ...]:
     return ("invalid_window",) if presentation.invalid_window else ()
 
 
-def read_frames(image: OpenImage) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
-    """Every frame in order: grey stored values or float32 luminance in ``[0, 1]``, shape ``(h, w)``.
+def read_frames(image: OpenImage) -> Iterator[tuple[NDArray[Any], float, tuple[str, ...]]]:
+    """Every frame in order: grey stored values, shape ``(h, w)``, or red, green and blue, shape ``(h, w, 3)``.
 
     Yields:
-        The frame and its flags, ``masked_bits`` or ``last_resort``.
+        The frame, the value of full intensity in a colour image, and flags, ``masked_bits`` or ``last_resort``.
 
     Raises:
         RejectedFile: With the code of what is wrong, see :data:`medistill.ingest.quarantine.REASON_CODES`.
@@ -217,10 +245,10 @@ def read_frames(image: OpenImage) -> Iterator[tuple[NDArray[Any], tuple[str, ...
             if array.shape[:2] != (pixels.rows, pixels.columns):
                 raise RejectedFile("CODEC_FAIL", "decoded size differs from Rows and Columns")
             if pixels.colour:
-                yield _colour_to_grey(array, image.dataset, pixels), flags
+                yield *_red_green_blue(array, image.dataset, pixels), flags
             else:
                 stored, masked = _significant(array, pixels)
-                yield stored, ("masked_bits", *flags) if masked else flags
+                yield stored, 1.0, ("masked_bits", *flags) if masked else flags
     except RejectedFile:
         raise
     except MemoryError:
@@ -396,7 +424,8 @@ def _significant(array: NDArray[Any], pixels: PixelFormat) -> tuple[NDArray[Any]
     return native, bool(outside.any())
 
 
-def _colour_to_grey(array: NDArray[Any], dataset: Dataset, pixels: PixelFormat) -> NDArray[np.float32]:
+def _red_green_blue(array: NDArray[Any], dataset: Dataset, pixels: PixelFormat) -> tuple[NDArray[Any], float]:
+    """Shape ``(h, w, 3)``, and the value of full intensity."""
     rgb, bits = array, pixels.stored
     if pixels.photometric == "PALETTE COLOR":
         try:
@@ -406,4 +435,4 @@ def _colour_to_grey(array: NDArray[Any], dataset: Dataset, pixels: PixelFormat) 
         bits = 8 * rgb.dtype.itemsize
     if rgb.ndim != 3 or rgb.shape[2] != 3:
         raise RejectedFile("COLOUR_MISMATCH", "expected three colour channels")
-    return luminance(rgb, top=2.0**bits - 1)
+    return rgb, 2.0**bits - 1

@@ -11,13 +11,36 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medistill.core.task import Task
+from medistill.core.task import Task, joined_names, joint_label
 from medistill.errors import LabelError
 from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.reading import table_key
 from medistill.ingest.table import KEY_COLUMNS, Row, Table, lines_text, read_table
 
 SPLIT_VALUES = frozenset({"", "train", "validation", "val", "holdout", "test"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRule:
+    """How a label is read.
+
+    Args:
+        multilabel: Whether it joins several classes by ``;`` or ``|``.
+        no_class: Of a multilabel task the label of an image that shows none of the classes, for example ``none``;
+            empty where an empty cell says so, ``None`` where every image shows a class.
+    """
+
+    multilabel: bool = False
+    no_class: str | None = None
+
+    def __call__(self, text: str) -> str:
+        """The label as a cohort keeps it, or nothing where there is none."""
+        if not self.multilabel:
+            return text
+        if self.no_class is not None and text.strip().casefold() == self.no_class.strip().casefold():
+            return joint_label(())
+        names = joined_names(text)
+        return joint_label(names) if names else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +132,13 @@ class LabelTable:
 
 
 def load_labels(
-    path: Path, *, kinds: Sequence[str], label_column: str, labels_required: bool, pseudonymiser: Pseudonymiser
+    path: Path,
+    *,
+    kinds: Sequence[str],
+    label_column: str,
+    labels_required: bool,
+    pseudonymiser: Pseudonymiser,
+    rule: LabelRule | None = None,
 ) -> LabelTable:
     """Read a label table.
 
@@ -119,6 +148,7 @@ def load_labels(
         label_column: Name of the column with the class.
         labels_required: Whether the source has no labels of its own.
         pseudonymiser: Replaces references and patient numbers.
+        rule: How labels are read; one class each by default.
 
     Raises:
         LabelError: Listing every problem of the table.
@@ -126,6 +156,8 @@ def load_labels(
     table = read_table(path)
     kind = next((kind for kind in kinds if table.key_column(kind)), None)
     column = table.column(label_column)
+    if column is not None:
+        table = table.changed(column, rule or LabelRule())
     split_column = table.column("split")
     problems = [_no_key(kinds)] if kind is None else []
     if column is None and labels_required:
@@ -156,18 +188,23 @@ def load_labels(
     return LabelTable(entries, has_labels=column is not None, size=len(table.rows))
 
 
-def make_task(labels: Iterable[str], classes: tuple[str, ...] | None) -> Task:
+def make_task(labels: Iterable[str], classes: tuple[str, ...] | None, *, multilabel: bool = False) -> Task:
     """The task that the labels define.
 
     Args:
-        labels: Class of every image.
+        labels: Label of every image.
         classes: Order of the classes, ``(negative, positive)`` for two; sorted where not given.
+        multilabel: Whether a label joins several classes.
 
     Raises:
         LabelError: If there are labels outside ``classes``, fewer than two classes, or nearly as many classes as
             images.
     """
-    counts = Counter(labels)
+    of_images = Counter(labels)
+    counts: Counter[str] = Counter()
+    for label, count in of_images.items():
+        for name in joined_names(label) if multilabel else (label,):
+            counts[name] += count
     if classes is not None:
         other = sum(count for label, count in counts.items() if label not in classes)
         if other:
@@ -177,12 +214,14 @@ def make_task(labels: Iterable[str], classes: tuple[str, ...] | None) -> Task:
             raise LabelError(f"{absent} of the {len(classes)} given classes have no image. Check their spelling.")
     if len(counts) < 2:
         raise LabelError(f"Expected at least 2 classes; found {len(counts)}. Is this the label column?")
-    if classes is None and len(counts) > max(2, sum(counts.values()) // 2):
+    images = sum(of_images.values())
+    if classes is None and len(counts) > max(2, images // 2):
         raise LabelError(
-            f"Found {len(counts)} different labels for {sum(counts.values())} images. Is this the label column? "
+            f"Found {len(counts)} different labels for {images} images. Is this the label column? "
             "If so, name the classes."
         )
-    return Task.single_label(classes or tuple(sorted(counts)))
+    names = classes or tuple(sorted(counts))
+    return Task.multilabel(names) if multilabel else Task.single_label(names)
 
 
 def references(table: Table, kind: str) -> Iterator[tuple[Row, str]]:

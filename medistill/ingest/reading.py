@@ -183,6 +183,7 @@ class Reader:
         size: Side length of the stored square or cube.
         fit: How oblong images become square.
         policy: How grey levels are chosen.
+        colour: Whether red, green and blue are kept; otherwise a colour image becomes its luminance.
         screen: What to do about text in pixels.
         defaced: Whether volumes of heads may enter.
         deferring: Whether items whose text must be read by OCR are put off, so that this process need not hold the
@@ -196,6 +197,7 @@ class Reader:
     fit: Fit
     policy: Policy
     screen: Screen
+    colour: bool = False
     defaced: bool = False
     deferring: bool = False
 
@@ -237,7 +239,7 @@ class Reader:
             screened = self._screened(item, decoded)
             if screened is None:
                 return Deferred(tuple(self._keys(item, decoded.header)))
-            pixels = screened.pixels(self.size, self.fit)
+            pixels = screened.colours(self.size, self.fit) if self.colour else screened.pixels(self.size, self.fit)
             if "text_masked" in screened.flags or "outside_masked" in screened.flags:
                 _check_something_left(pixels)
         except RejectedFile as rejection:

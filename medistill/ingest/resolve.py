@@ -7,14 +7,15 @@ patients and not of images. Running it again on the same rows gives the same res
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medistill.core.cohort import Instance, Split
+from medistill.core.task import joined_names
 from medistill.ingest.cache import Accepted
 from medistill.ingest.identity import Pseudonymiser
 from medistill.ingest.journal import Journal
-from medistill.ingest.labels import LabelTable
+from medistill.ingest.labels import LabelRule, LabelTable
 from medistill.ingest.quarantine import Rejected
 from medistill.ingest.splits import Member, SplitFractions, assign_splits
 
@@ -55,11 +56,13 @@ class Resolver:
         journal: Everything that was read.
         table: Labels that came beside the source.
         missing_patient: ``reject`` images without a patient, or make them their ``own``.
+        rule: How labels of the source are read; those of the table are read already.
     """
 
     journal: Journal
     table: LabelTable | None
     missing_patient: str
+    rule: LabelRule = field(default_factory=LabelRule)
 
     def decide(self) -> None:
         """Turn away duplicates, images without label or patient, and contradictions; name every patient once."""
@@ -94,7 +97,7 @@ class Resolver:
         for number, ordinal, keys, person, study, folder, own, given, test in rows:
             if ordinal != last:
                 entry, last = self.table.match(keys.split()) if self.table else None, ordinal
-            label, assumed, outcome = given, "", ""
+            label, assumed, outcome = self.rule(given), "", ""
             if self.table and self.table.has_labels:
                 label = entry.label if entry else ""
             patient = person or (entry.patient if entry else "")
@@ -148,7 +151,7 @@ class Resolver:
         )
 
     def labels(self) -> Iterator[str]:
-        """Class of every image that stays."""
+        """Label of every image that stays."""
         for (label,) in self._sql("select given from decision where outcome = '' order by ordinal, frame"):
             yield label
 
@@ -190,10 +193,11 @@ class Resolver:
             SourceError: If there are too few patients to divide.
         """
         members = [
-            Member(patient=patient, label=label, given_test=bool(test))
+            Member(patient=patient, label=name, given_test=bool(test))
             for patient, label, test in self._sql(
                 "select distinct person, given, given_test from decision where outcome = '' order by 1, 2, 3"
             )
+            for name in self._classes(label)
         ]
         links = [tuple(row) for column in ("pixel_key", "study") for row in self._linked(column)]
         splits = assign_splits(members, links=links, fractions=fractions, pseudonymiser=pseudonymiser, seed=seed)
@@ -207,6 +211,10 @@ class Resolver:
                 test,
             )
         self._reject("ID_CONFLICT", "the patient is also given for testing", "chosen = ''")
+
+    def _classes(self, label: str) -> tuple[str, ...]:
+        """Classes that decide where a patient goes; an empty one stands for none of them."""
+        return joined_names(label) or ("",) if self.rule.multilabel else (label,)
 
     def _linked(self, column: str) -> Any:
         """Pairs of patients that share a value."""

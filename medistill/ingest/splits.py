@@ -64,7 +64,7 @@ class Member:
 
     Args:
         patient: Pseudonym.
-        label: Class.
+        label: Class; empty for images that show none of the classes of a multilabel task.
         given_test: Whether the source puts the image into the test split.
     """
 
@@ -87,7 +87,8 @@ def assign_splits(
     calls them. A patient with several classes is drawn with the rarest of them.
 
     Args:
-        members: Images, or one member for all images of a patient with the same class and ``given_test``.
+        members: Images, or one member for all images of a patient with the same class and ``given_test``; an image
+            with several classes is one member for each.
         links: Pairs of patients who are one person.
         fractions: Share of patients per split.
         pseudonymiser: Orders patients under its key.
@@ -152,10 +153,11 @@ def _check_complete(
     shares: dict[Split, float],
     person: Mapping[str, str],
 ) -> None:
-    """Every class needs a patient in every split."""
+    """Every class needs a patient in every split; to show none of the classes is not a class."""
+    named = [(member, place) for member, place in zip(members, places, strict=True) if member.label]
     patients: dict[str, set[str]] = defaultdict(set)
     present: dict[str, set[Split]] = defaultdict(set)
-    for member, place in zip(members, places, strict=True):
+    for member, place in named:
         present[member.label] |= {place} if place else set()
         if not member.given_test:
             patients[member.label].add(person[member.patient])

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medistill.errors import LabelError
@@ -55,6 +55,11 @@ class Table:
         if name in self.columns:
             return name
         return next((column for column in self.columns if _plain(column) == _plain(name)), None)
+
+    def changed(self, column: str, change: Callable[[str], str]) -> Table:
+        """The same table with every cell of a column changed."""
+        rows = (replace(row, cells={**row.cells, column: change(row.cells[column])}) for row in self.rows)
+        return replace(self, rows=tuple(rows))
 
 
 def lines_text(lines: Iterable[int]) -> str:

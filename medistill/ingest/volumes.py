@@ -43,6 +43,8 @@ _FEW = 0.25
 _FWHM = 2.0 * float(np.sqrt(2.0 * np.log(2.0)))
 _FRAME_TYPES = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
 
+_STRAIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
 Vector = tuple[float, float, float]
 
 
@@ -117,9 +119,14 @@ class Volume:
     array: NDArray[np.float32] = field(repr=False)
     spacing: Vector
     origin: Vector = (0.0, 0.0, 0.0)
-    direction: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    direction: tuple[float, ...] = _STRAIGHT
     flags: tuple[str, ...] = ()
     left_out: int = 0
+
+    @property
+    def stands_straight(self) -> bool:
+        """Whether its voxels are cubes along the axes of the patient, in their order."""
+        return len(set(self.spacing)) == 1 and self.direction == _STRAIGHT
 
     def image(self) -> Any:
         """The same as an image of SimpleITK."""
@@ -148,7 +155,14 @@ class DecodedVolume:
 
     def pixels(self, size: int, _: Fit) -> NDArray[np.uint16]:
         """A cube of shape ``(size, size, size)`` from the feet, the front and the right side; 65535 is white."""
+        array = self.volume.array
+        if array.shape == (size, size, size) and self.volume.stands_straight:
+            return quantise(array)
         return quantise(resample(self.volume, size))
+
+    def colours(self, size: int, fit: Fit) -> NDArray[np.uint16]:
+        """The cube three times, shape ``(3, size, size, size)``: volumes have no colour."""
+        return np.repeat(self.pixels(size, fit)[None], 3, axis=0)
 
     def grey(self) -> NDArray[np.float32]:
         """Grey levels of the middle slice, shape ``(h, w)``, where text is looked for."""

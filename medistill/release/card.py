@@ -10,6 +10,7 @@ from typing import Any
 
 from medistill.core.distilled import DistilledSet
 from medistill.core.reports import AuditReport, DiagnosticReport
+from medistill.core.task import TaskKind
 from medistill.report.disclosure import (
     NOT_COVERED_NOTE,
     ROUNDING_NOTE,
@@ -18,8 +19,10 @@ from medistill.report.disclosure import (
     public_commands,
     public_diagnosis,
 )
+from medistill.report.png import MIDDLE_SLICES
 from medistill.report.wording import guarantee_meaning, one_line, three_lines, warnings_of
 
+_VOLUME_AXES = 5
 CARD_FILE = "card.json"
 SCHEMA_VERSION = 1
 DEFAULT_NAME = "Distilled image release"
@@ -130,7 +133,7 @@ image, soft_label = release[0]
 ```
 
 Without medistill: `safetensors.torch.load_file("images.safetensors")` gives `images` (in 0 to 1), `soft_labels`
-and `hard_labels`; `recipe.json` names the classes and how long to train.
+and `hard_labels`; `recipe.json` names the classes and how long to train.{_labels_note(card)}
 
 ## What is guaranteed
 
@@ -163,7 +166,7 @@ and `hard_labels`; `recipe.json` names the classes and how long to train.
 |---|---|
 | `images.safetensors` | exact images, soft labels, hard labels |
 | `recipe.json` | how they were made, how to train on them, the privacy statement |
-| `labels.csv`, `images/` | the same for looking at: one 8-bit picture per row |
+| `labels.csv`, `images/` | the same for looking at: one 8-bit picture per row{_pictures_note(card)} |
 | `card.json` | this page for programs, with all figures |
 | `report.html` | the full report; open it in any browser, no network needed |
 | `SHA256SUMS` | digests of all files: `sha256sum -c SHA256SUMS` or `medistill verify PATH` |
@@ -176,6 +179,20 @@ The digests show damage and careless changes; they are not a signature.
 """
 
 
+def _labels_note(card: Mapping[str, Any]) -> str:
+    if card["task"]["kind"] != TaskKind.MULTILABEL:
+        return ""
+    return (
+        "\n\nAn image may show several classes: soft labels are in 0 to 1 for each class on its own, and the loss "
+        "is binary\ncross-entropy. `hard_labels` is the class an image was made for."
+    )
+
+
+def _pictures_note(card: Mapping[str, Any]) -> str:
+    shown = card["images"].get("pictures_show")
+    return f"; of each volume {shown}" if shown else ""
+
+
 def _images(distilled: DistilledSet) -> dict[str, Any]:
     classes = distilled.hard_labels.tolist()
     return {
@@ -183,6 +200,7 @@ def _images(distilled: DistilledSet) -> dict[str, Any]:
         "per_class": {name: classes.count(i) for i, name in enumerate(distilled.task.class_names)},
         "shape": list(distilled.images.shape[1:]),
         "range": [0, 1],
+        **({"pictures_show": MIDDLE_SLICES} if distilled.images.ndim == _VOLUME_AXES else {}),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from medistill.core.distilled import DistilledSet, Recipe, Schedule
+from medistill.core.distilled import DistilledSet, Recipe, Schedule, ViewLabels
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.task import Task
 from medistill.errors import DataError, MedistillError, ReleaseError
@@ -26,6 +26,8 @@ IMAGES_FILE = "images.safetensors"
 RECIPE_FILE = "recipe.json"
 
 _TENSORS = {"images": torch.float32, "soft_labels": torch.float32, "hard_labels": torch.int64}
+#: Beside them where a set has views; all or none.
+_VIEWS = {"view_boxes": torch.float32, "view_soft_labels": torch.float32, "view_temperature": torch.float64}
 _FIELDS = frozenset({"schema_version", "images_sha256", "ipc", "task", "recipe", "schedule", "privacy"})
 
 
@@ -75,6 +77,8 @@ def distilled_files(distilled: DistilledSet) -> dict[str, bytes]:
     tensors = {
         name: getattr(distilled, name).detach().cpu().to(dtype).contiguous() for name, dtype in _TENSORS.items()
     }
+    if distilled.views is not None:
+        tensors |= _view_tensors(distilled.views)
     images: bytes = save(tensors)
     values = {
         "schema_version": SCHEMA_VERSION,
@@ -86,6 +90,14 @@ def distilled_files(distilled: DistilledSet) -> dict[str, bytes]:
         "privacy": distilled.privacy.to_json(),
     }
     return {IMAGES_FILE: images, RECIPE_FILE: json_bytes(values)}
+
+
+def _view_tensors(views: ViewLabels) -> dict[str, Tensor]:
+    found = (views.boxes, views.soft_labels, torch.tensor(views.temperature, dtype=torch.float64))
+    return {
+        name: tensor.detach().cpu().to(dtype).contiguous()
+        for (name, dtype), tensor in zip(_VIEWS.items(), found, strict=True)
+    }
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
@@ -157,15 +169,23 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ReleaseError(f"Expected {IMAGES_FILE} in safetensors form; it is damaged.") from error
     found = {name: tensor.dtype for name, tensor in tensors.items()}
-    if found != _TENSORS:
+    if found not in (_TENSORS, _TENSORS | _VIEWS):
         raise ReleaseError(
-            f"Expected the tensors {_described(_TENSORS)} in {IMAGES_FILE}, got {_described(found)}."
+            f"Expected the tensors {_described(_TENSORS)} in {IMAGES_FILE}, and perhaps {_described(_VIEWS)}, got "
+            f"{_described(found)}."
         )
     return tensors
 
 
 def _described(dtypes: Mapping[str, torch.dtype]) -> str:
     return ", ".join(f"{name!a} ({dtype})" for name, dtype in sorted(dtypes.items()))
+
+
+def _views(tensors: Mapping[str, Tensor]) -> ViewLabels | None:
+    if not tensors.keys() >= _VIEWS.keys():
+        return None
+    boxes, soft_labels, temperature = (tensors[name] for name in _VIEWS)
+    return ViewLabels(boxes=boxes, soft_labels=soft_labels, temperature=temperature.item())
 
 
 def _assemble(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> DistilledSet:
@@ -179,6 +199,7 @@ def _assemble(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Disti
             recipe=Recipe.from_json(values["recipe"]),
             schedule=Schedule(**values["schedule"]),
             privacy=PrivacyStatement.from_json(values["privacy"]),
+            views=_views(tensors),
         )
     except MedistillError as error:
         raise ReleaseError(f"The set breaks an invariant. {error}") from error

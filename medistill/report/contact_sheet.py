@@ -22,7 +22,8 @@ def contact_sheet(images: Tensor, *, columns: int, captions: Sequence[str] = ())
     Small images are enlarged by a whole factor without smoothing, so that every pixel stays visible.
 
     Args:
-        images: Shape ``(n, c, h, w)`` in ``[0, 1]``.
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)`` in ``[0, 1]``; of a volume
+            :data:`medistill.report.png.MIDDLE_SLICES` are drawn.
         columns: Images per row.
         captions: One per image, or none at all. A caption wider than its image is cut.
 

@@ -26,7 +26,9 @@ NOT_COVERED_NOTE = (
 )
 
 #: Settings of ingestion that describe the processing and hold no count and no value of a patient.
-PUBLIC_PROFILE_KEYS = ("size", "volumes", "fit", "intensity", "burned_in", "ocr", "heads", "missing_patient")
+PUBLIC_PROFILE_KEYS = (
+    *("size", "volumes", "fit", "intensity", "colour", "burned_in", "ocr", "heads", "missing_patient", "labels"),
+)
 
 _PARTS = frozenset({"splits", "quarantine", "modality", "profile"})
 _LOCATION = re.compile(r"""(?:(?<=^)|(?<=[\s='"]))(?:~|[A-Za-z]:\\|/|\\\\)[^\s'"]*""")

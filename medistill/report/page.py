@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medistill.core.distilled import DistilledSet, Recipe, Schedule
 from medistill.core.reports import ArmResult, AttackOutcome, AuditReport, DiagnosticReport, Estimate, Verdict
+from medistill.core.task import TaskKind
 from medistill.errors import DataError
 from medistill.ingest.quarantine import REASON_CODES
 from medistill.report import wording
@@ -28,7 +29,7 @@ from medistill.report.disclosure import (
     public_commands,
 )
 from medistill.report.plots import Axis, Track, auroc_axis, full_axis, track
-from medistill.report.png import data_uri, encode, picture
+from medistill.report.png import MIDDLE_SLICES, data_uri, encode, picture
 from medistill.report.wording import three_lines
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = ["render_report", "three_lines"]
 _MOST_PICTURES = 120
 _MOST_BARS = 5
 _STAGE_PICTURES = 6
+_VOLUME_AXES = 5
 _AUROC = "AUROC (0.5 is chance)"
 _SYMBOLS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.INVALID: "!", Verdict.NOT_ESTIMABLE: "?"}
 
@@ -89,6 +91,8 @@ def render_report(
         badges=_badges(distilled, audit),
         warnings=wording.warnings_of(distilled, audit, forced_reason),
         classes=_classes(distilled),
+        multilabel=distilled.task.kind is TaskKind.MULTILABEL,
+        volumes=MIDDLE_SLICES if distilled.images.ndim == _VOLUME_AXES else "",
         stages=_stages(distilled, snapshots),
         privacy=_privacy(distilled),
         audit=None if audit is None else _audit(audit, bool(snapshots)),
@@ -153,7 +157,7 @@ def _classes(distilled: DistilledSet) -> list[dict[str, Any]]:
         {
             "name": name,
             "count": labels.count(c),
-            "five": labels.count(c) in (5, 10, 15, 20),
+            "five": labels.count(c) in (5, 10, 15, 20) and distilled.images.ndim < _VOLUME_AXES,
             "pictures": [_picture(distilled, i) for i in _of_class(labels, c)[:limit]],
         }
         for c, name in enumerate(names)
@@ -171,10 +175,11 @@ def _picture(distilled: DistilledSet, index: int) -> dict[str, Any]:
     if len(names) > _MOST_BARS:
         order = sorted(order, key=lambda c: (-shares[c], c))[:_MOST_BARS]
     spoken = ", ".join(f"{names[c]} {shares[c]:.2f}" for c in order)
+    what = "volume" if distilled.images.ndim == _VOLUME_AXES else "image"
     return {
         "number": index + 1,
         "source": _source(distilled.images[index]),
-        "alt": f"Distilled image {index + 1} of {len(distilled)}, made for {names[own]}; soft label {spoken}",
+        "alt": f"Distilled {what} {index + 1} of {len(distilled)}, made for {names[own]}; soft label {spoken}",
         "bars": [
             {"name": names[c], "share": f"{shares[c]:.2f}", "width": f"{100 * shares[c]:.1f}", "own": c == own}
             for c in order
@@ -320,10 +325,37 @@ def _diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str, Any]:
     confidences = sorted({e.confidence for arm in diagnosis.arms for e in arm.metrics.values()})
     return {
         "metrics": [wording.metric_label(metric) for metric in metrics],
-        "rows": [_arm(arm, metrics, axis, released) for arm in diagnosis.arms],
+        "networks": [
+            {
+                "name": name,
+                "rows": [_arm(arm, metrics, axis, released) for arm in arms],
+                "classes": _class_rows(arms),
+            }
+            for name, arms in _by_network(diagnosis)
+        ],
+        "class_names": [wording.one_line(name) for name in diagnosis.class_names],
         "axis": axis,
         "confidence": " / ".join(f"{100 * confidence:g} %" for confidence in confidences),
     }
+
+
+def _by_network(diagnosis: DiagnosticReport) -> list[tuple[str, list[ArmResult]]]:
+    names = dict.fromkeys(arm.network for arm in diagnosis.arms)
+    return [(name, [arm for arm in diagnosis.arms if arm.network == name]) for name in names]
+
+
+def _class_rows(arms: list[ArmResult]) -> list[dict[str, Any]]:
+    """AUROC of every class, for tasks where it is not the AUROC of all."""
+    return [
+        {
+            "arm": arm.arm.replace("_", " "),
+            "released": arm.arm.startswith("distilled"),
+            "split": arm.split.replace("_", " "),
+            "cells": [wording.interval(estimate) for estimate in arm.class_auroc.values()],
+        }
+        for arm in arms
+        if arm.class_auroc
+    ]
 
 
 def _arm(arm: ArmResult, metrics: list[str], axis: Axis, released: int) -> dict[str, Any]:

@@ -14,13 +14,16 @@ from medistill.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+#: What :func:`picture` shows of a volume, for captions.
+MIDDLE_SLICES = "the middle slices across its first, second and third axis, side by side"
+
 
 def picture(image: Tensor) -> Image:
     """One image as an 8-bit picture.
 
     Args:
         image: Shape ``(c, h, w)`` or ``(c, d, h, w)`` in ``[0, 1]``. Three channels are shown as colour, any
-            other number as the grey mean; of a volume the middle slice is shown.
+            other number as the grey mean; of a volume :data:`MIDDLE_SLICES`.
 
     Returns:
         A Pillow image of mode ``L`` or ``RGB``.
@@ -31,7 +34,7 @@ def picture(image: Tensor) -> Image:
     from PIL import Image as pillow  # noqa: PLC0415, N813
 
     if image.ndim == 4:
-        image = image[:, image.shape[1] // 2]
+        image = _middle_slices(image)
     if image.ndim != 3:
         raise DataError(f"Expected an image of shape (c, h, w) or (c, d, h, w), got {image.ndim} axes.")
     levels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -39,6 +42,18 @@ def picture(image: Tensor) -> Image:
         return pillow.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     grey = levels[0] if len(levels) == 1 else levels.float().mean(0).round().to(torch.uint8)
     return pillow.fromarray(grey.contiguous().numpy())
+
+
+def _middle_slices(volume: Tensor) -> Tensor:
+    """Three planes with a white line between them; the first axis, which runs from the feet, points up."""
+    _, depth, height, width = volume.shape
+    planes = [volume[:, depth // 2], volume[:, :, height // 2].flip(1), volume[:, :, :, width // 2].flip(1)]
+    sheet = torch.ones(len(volume), max(depth, height), 2 * width + height + 2)
+    left = 0
+    for plane in planes:
+        sheet[:, : plane.shape[1], left : left + plane.shape[2]] = plane
+        left += plane.shape[2] + 1
+    return sheet
 
 
 def encode(drawn: Image) -> bytes:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from medistill.core.distilled import DistilledSet, Recipe
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.reports import ArmResult, AttackOutcome, AuditReport, DiagnosticReport, Estimate, Verdict
+from medistill.core.task import TaskKind
 from medistill.report.disclosure import rounded
 
+_VOLUME_AXES = 5
 NOT_ESTIMABLE = "not estimable"
 NOT_AUDITED = "NOT AUDITED"
 WEAK_GUESS = 0.96  #: a guarantee is called weak when a guess can be right more often (epsilon above 3.1)
@@ -134,11 +136,13 @@ def method(recipe: Recipe) -> str:
 def what_it_is(distilled: DistilledSet) -> str:
     """The release in one sentence."""
     names = ", ".join(one_line(name) for name in distilled.task.class_names)
+    things = "volumes" if distilled.images.ndim == _VOLUME_AXES else "images"
     real = distilled.recipe.starts_from_real
-    kind = "images that began as real patients' images" if real else "synthetic images"
+    kind = f"{things} that began as real patients' {things}" if real else f"synthetic {things}"
+    joint = "; an image may show several" if distilled.task.kind is TaskKind.MULTILABEL else ""
     return (
         f"{len(distilled)} {kind} with soft labels ({distilled.ipc} for each of {distilled.task.n_classes} "
-        f"classes: {names}), made by {method(distilled.recipe)} to train a diagnostic model."
+        f"classes: {names}{joint}), made by {method(distilled.recipe)} to train a diagnostic model."
     )
 
 
@@ -215,7 +219,7 @@ def weakest_power(audit: AuditReport) -> float | None:
 
 
 def headline(diagnosis: DiagnosticReport | None, arm: str) -> ArmResult | None:
-    """The first result of an arm with an AUROC, on ``test`` where there is one."""
+    """The first result of an arm with an AUROC (of the first network), on ``test`` where there is one."""
     if diagnosis is None:
         return None
     found = [result for result in diagnosis.arms if result.arm == arm and "auroc" in result.metrics]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from medistill.core.compute import Compute
-from medistill.core.distilled import Schedule
+from medistill.core.distilled import Schedule, ViewLabels
 from medistill.core.task import TaskKind
 from medistill.progress import Progress
 from medistill.training.augment import augment
 from medistill.training.objectives import objective, probabilities
+from medistill.training.views import crop
 
 _CACHED_PIXELS = 1 << 16
 _DEVICE_BATCH = 512
@@ -27,6 +28,7 @@ def fit(
     schedule: Schedule,
     seed: int,
     compute: Compute | None = None,
+    views: ViewLabels | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a network in place; there is no parameter through which test images could enter.
@@ -39,6 +41,8 @@ def fit(
         schedule: Epochs, learning rate, optimiser, batch size and augmentation.
         seed: Public seed of batch order and augmentation.
         compute: Device and precision; the CPU by default.
+        views: Crops with labels; in epoch ``e`` view ``e`` (and round again) takes the place of the images and
+            their labels, and the loss is taken at its temperature, times its square.
         progress: Shows the epochs.
 
     Returns:
@@ -56,21 +60,30 @@ def fit(
     if batch >= len(images):
         images, soft_labels = compute.put(images), compute.put(soft_labels)
     network.train()
-    for _ in progress.track(range(schedule.epochs), "training"):
+    temperature = views.temperature if views is not None else 1.0
+    for epoch in progress.track(range(schedule.epochs), "training"):
         order = torch.randperm(len(images), generator=generator)
         for index in torch.split(order, batch):
             inputs = images if batch >= len(images) else compute.put(images[index])
             targets = soft_labels if batch >= len(images) else compute.put(soft_labels[index])
+            if views is not None:
+                inputs, targets = _viewed(inputs, views, epoch, None if batch >= len(images) else index)
             if schedule.augment:
                 inputs = augment(inputs, generator)
             with compute.autocast():
-                loss = objective(kind, network(inputs), targets)
+                loss = temperature**2 * objective(kind, network(inputs) / temperature, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if decay is not None:
                 decay.step()
     return network.eval()
+
+
+def _viewed(images: Tensor, views: ViewLabels, epoch: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An epoch's crops of some images, and the labels of these crops; without an index, of all."""
+    number, some = epoch % len(views), slice(None) if index is None else index
+    return crop(images, views.boxes[number][some]), views.soft_labels[number][some].to(images)
 
 
 def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medistill.core.compute import Compute, fresh
-from medistill.core.distilled import Schedule
+from medistill.core.distilled import Schedule, ViewLabels
 from medistill.core.task import Task
 from medistill.parallel import parallel_map, worth_processes
 from medistill.training.fit import fit, predict
@@ -35,6 +35,7 @@ class Student:
         order_seed: Public seed of batch order and augmentation.
         apply_to: Images to predict, by name, each ``(m, c, h, w)``.
         compute: Device and precision.
+        views: Crops to train on with their labels, where there are any.
     """
 
     network: Callable[[Task, tuple[int, ...]], nn.Module]
@@ -46,6 +47,7 @@ class Student:
     order_seed: int
     apply_to: Mapping[str, Floats]
     compute: Compute = field(default_factory=Compute)
+    views: ViewLabels | None = None
 
     @property
     def pixels(self) -> float:
@@ -73,6 +75,7 @@ def train_student(student: Student) -> Trained:
         schedule=student.schedule,
         seed=student.order_seed,
         compute=student.compute,
+        views=student.views,
     )
     seconds = time.process_time() - began
     probabilities = {

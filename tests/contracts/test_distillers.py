@@ -23,9 +23,35 @@ from tests.conftest import blobs
 #: Settings that make each distiller quick on the small made-up images.
 QUICK: dict[str, dict[str, Any]] = {
     "coreset": {},
+    "dataset_distillation": {
+        "iterations": 20,
+        "steps": 2,
+        "epochs": 2,
+        "batch_per_class": 4,
+        "width": 8,
+        "checkpoint_every": 7,
+    },
     "distribution_matching": {"iterations": 30, "networks": 3, "checkpoint_every": 7},
+    "gradient_matching": {
+        "iterations": 20,
+        "outer": 2,
+        "inner": 2,
+        "batch_per_class": 4,
+        "width": 8,
+        "checkpoint_every": 7,
+    },
     "kernel_ridge": {"iterations": 30, "checkpoint_every": 7},
     "soft_label": {"iterations": 20, "unroll": 3, "batch_per_class": 4, "width": 8, "checkpoint_every": 7},
+    "sre2l": {"teacher": "convnet", "width": 8, "epochs": 2, "iterations": 20, "views": 4, "checkpoint_every": 7},
+    "trajectory_matching": {
+        "iterations": 15,
+        "experts": 2,
+        "epochs": 2,
+        "expert_span": 1,
+        "student_steps": 2,
+        "width": 8,
+        "checkpoint_every": 7,
+    },
 }
 NAMES = DISTILLERS.names()
 

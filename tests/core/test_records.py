@@ -13,8 +13,8 @@ import torch
 from medistill.core.cohort import Cohort, Instance, Split
 from medistill.core.distilled import DistilledSet, Recipe, Schedule, Step
 from medistill.core.guarantee import PrivacyStatement
-from medistill.core.images import ImageSet
-from medistill.core.task import Task, TaskKind
+from medistill.core.images import ImageSet, resized
+from medistill.core.task import Task, TaskKind, joined_names, joint_label
 from medistill.errors import DataError, PrivacyError
 from tests.conftest import blobs, pseudonym
 
@@ -159,3 +159,80 @@ def test_recipe_round_trips() -> None:
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()
     assert recipe.starts_from_real
+
+
+def test_labels_of_several_classes_survive_joining() -> None:
+    assert joined_names(" mass |effusion; mass;;") == ("effusion", "mass")
+    assert joined_names(joint_label(["mass", "effusion"])) == ("effusion", "mass")
+    assert joined_names(joint_label([])) == ()
+    task = Task.multilabel(("mass", "effusion", "nodule"))
+    assert Task.from_json(task.to_json()) == task
+    assert task.names_in("effusion;mass") == ("effusion", "mass")
+    assert TASK.names_in("a;b") == ("a;b",)
+
+
+@pytest.mark.parametrize("names", [("mass",), ("mass", "a;b"), ("mass", ""), ("mass", "a|b"), ("mass", " a")])
+def test_a_multilabel_task_refuses_names_that_could_not_be_joined(names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError):
+        Task.multilabel(names)
+
+
+class Volumes:
+    """Pixels in memory."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels
+
+    def read(self, rows: list[int]) -> np.ndarray:
+        return self.pixels[rows]
+
+
+def several(labels: list[str], pixels: np.ndarray) -> Cohort:
+    instances = tuple(
+        Instance(uid=f"2.25.{row + 1}", patient=pseudonym(row), label=label, split=Split.TRAIN, row=row)
+        for row, label in enumerate(labels)
+    )
+    task = Task.multilabel(("mass", "effusion"))
+    return Cohort(instances=instances, task=task, profile={}, store=Volumes(pixels))
+
+
+def test_a_cohort_of_several_classes_per_volume() -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (3, 1, 6, 6, 6)).astype(np.uint16)
+    cohort = several(["effusion;mass", ";", "mass"], pixels)
+    images = cohort.images(6)
+    assert images.targets.tolist() == [[1, 1], [0, 0], [1, 0]]
+    torch.testing.assert_close(images.images, torch.tensor(pixels / 65535.0).float())
+    assert cohort.counts()["train"] == {"images": 3, "patients": 3, "mass": 2, "effusion": 1}
+    with pytest.raises(DataError, match="class of the task"):
+        several(["mass;nodule", ";", "mass"], pixels)
+    with pytest.raises(DataError, match="class of the task"):
+        several(["", ";", "mass"], pixels)
+
+
+def triangle(values: np.ndarray, size: int) -> np.ndarray:
+    """The first axis resized by a loop over the triangle filter."""
+    scale = len(values) / size
+    support = max(1.0, scale)
+    rows = []
+    for at in range(size):
+        centre = (at + 0.5) * scale
+        weights = np.array([max(0.0, 1 - abs(i + 0.5 - centre) / support) for i in range(len(values))])
+        rows.append(np.tensordot(weights / weights.sum(), values, 1))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("side", "size"), [(6, 3), (7, 4), (4, 9)])
+def test_volumes_are_resized_by_the_triangle_filter_on_every_axis(side: int, size: int) -> None:
+    volume = np.random.default_rng(side).random((side, side, side))
+    expected = volume
+    for axis in range(3):
+        expected = np.moveaxis(triangle(np.moveaxis(expected, axis, 0), size), 0, axis)
+    found = resized(torch.tensor(volume)[None, None].float(), size)
+    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-5)
+
+
+def test_soft_labels_of_a_multilabel_set_need_not_sum_to_one() -> None:
+    made = _distilled(soft_labels=torch.tensor([[0.9, 0.8], [0.1, 0.0]]), task=Task.multilabel(("a", "b")))
+    assert made.soft_labels.sum(1).tolist() == pytest.approx([1.7, 0.1])
+    with pytest.raises(DataError, match=r"\[0, 1\]"):
+        _distilled(soft_labels=torch.tensor([[1.1, 0.8], [0.1, 0.0]]), task=Task.multilabel(("a", "b")))

@@ -1,77 +1,77 @@
-"""Soft-label distillation against finite differences and a naive loop."""
+"""Soft-label distillation against finite differences and plain training."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import nn
 
-from medistill.core.compute import Compute
-from medistill.core.protocols import Synthetic, Workbench
+from medistill.core.protocols import Workbench
 from medistill.core.task import TaskKind
 from medistill.distill.batches import balanced_batch
-from medistill.distill.soft_label import SoftLabel, _Learned, unrolled_loss
+from medistill.distill.soft_label import SoftLabel
+from medistill.distill.unrolled import Hypergradients, Learned, Training, before_softplus, hypergradients, softplus
+from medistill.errors import DataError
 from medistill.privacy.curator import OpenCurator
+from medistill.training.objectives import probabilities
 from tests.conftest import blobs
+from tests.distill.test_dataset_distillation import Smooth, of_shape
+
+KINDS = [TaskKind.BINARY, TaskKind.MULTILABEL]
 
 
-class _Smooth(nn.Module):
-    """Twice differentiable everywhere, so that finite differences converge."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(9, 4, dtype=torch.float64)
-        self.head = nn.Linear(4, 2, dtype=torch.float64)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(torch.tanh(self.layer(images.flatten(1))))
-        return logits
-
-
-def _setting() -> tuple[nn.Module, _Learned, torch.Tensor, torch.Tensor]:
+def _setting(kind: TaskKind) -> tuple[dict[str, torch.Tensor], object]:
     torch.manual_seed(0)
-    start = Synthetic(
-        images=torch.rand(4, 1, 3, 3, dtype=torch.float64),
-        soft_labels=torch.eye(2, dtype=torch.float64).repeat_interleave(2, 0),
-        hard_labels=torch.tensor([0, 0, 1, 1]),
-    )
-    learned = _Learned(start, SoftLabel(inner_rate=0.3), Compute())
-    learned.raw_rate = learned.raw_rate.detach().double().requires_grad_()
+    network = Smooth()
     real, targets = torch.rand(6, 1, 3, 3, dtype=torch.float64), torch.eye(2, dtype=torch.float64).repeat(3, 1)
-    return _Smooth(), learned, real, targets
+    learned = {
+        "images": torch.rand(4, 1, 3, 3, dtype=torch.float64),
+        "scores": torch.randn(4, 2, dtype=torch.float64),
+        "raw_rate": torch.tensor(before_softplus(0.3), dtype=torch.float64),
+    }
+    learned = {name: tensor.requires_grad_() for name, tensor in learned.items()}
+
+    def outputs() -> tuple[tuple[torch.Tensor, ...], Hypergradients]:
+        labels, rates = probabilities(kind, learned["scores"]), softplus(learned["raw_rate"]).expand(4)
+        training = Training(
+            images=learned["images"], soft_labels=labels, rates=rates, batches=[torch.arange(4)] * 4
+        )
+        return (learned["images"], labels, rates), hypergradients(network, training, real, targets, kind=kind)
+
+    return learned, outputs
 
 
-def test_hypergradients_are_finite_differences() -> None:
-    network, learned, real, targets = _setting()
-
-    def loss() -> torch.Tensor:
-        return unrolled_loss(network, learned, real, targets, kind=TaskKind.BINARY, unroll=4)
-
-    loss().backward()
-    for tensor in (learned.images, learned.scores, learned.raw_rate):
+@pytest.mark.parametrize("kind", KINDS)
+def test_hypergradients_of_images_scores_and_rate_are_finite_differences(kind: TaskKind) -> None:
+    learned, outputs = _setting(kind)
+    functions, found = outputs()  # type: ignore[operator]
+    torch.autograd.backward(functions, (found.images, found.soft_labels, found.rates))
+    for tensor in learned.values():
         assert tensor.grad is not None
         flat, gradient = tensor.data.view(-1), tensor.grad.reshape(-1)
-        for position in range(0, flat.numel(), 5):
-            value = flat[position].item()
-            flat[position] = value + 1e-5
-            above = loss().item()
-            flat[position] = value - 1e-5
-            below = loss().item()
+        for position in range(0, flat.numel(), 3):
+            value, losses = flat[position].item(), []
+            for step in (1e-5, -1e-5):
+                flat[position] = value + step
+                losses.append(outputs()[1].loss.item())  # type: ignore[operator]
             flat[position] = value
-            numeric = (above - below) / 2e-5
-            assert abs(numeric - gradient[position].item()) < 1e-7 + 1e-5 * abs(numeric)
+            numeric = (losses[0] - losses[1]) / 2e-5
+            assert abs(numeric - gradient[position].item()) < 1e-8 + 1e-5 * abs(numeric)
 
 
-def test_unrolled_training_is_gradient_descent() -> None:
-    network, learned, real, targets = _setting()
-    found = unrolled_loss(network, learned, real, targets, kind=TaskKind.BINARY, unroll=5).item()
-    optimizer = torch.optim.SGD(network.parameters(), lr=learned.rate.item())
-    for _ in range(5):
-        optimizer.zero_grad()
-        log_probabilities = network(learned.images.detach()).log_softmax(1)
-        (-(learned.soft_labels.detach() * log_probabilities).sum(1).mean()).backward()
-        optimizer.step()
-    expected = -(targets * network(real).log_softmax(1)).sum(1).mean().item()
-    assert abs(found - expected) < 1e-10
+def test_adam_takes_the_step_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, scores = torch.rand(2, 1, 2, 2, generator=generator), torch.randn(2, 2, generator=generator)
+    learned = Learned({"images": images, "scores": scores}, step_sizes={"images": 0.05, "scores": 0.1}, clip=0.5)
+    ours = torch.optim.Adam([{"params": [p := scores.clone().requires_grad_()], "lr": 0.1}], betas=(0.5, 0.999))
+    gradient = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
+    for _ in range(3):
+        learned.descend((learned["images"], learned["scores"]), (torch.ones_like(images), gradient))
+        p.grad = 0.5 * gradient / 5.0
+        ours.step()
+    assert torch.allclose(learned["scores"], p, atol=1e-6)
+    assert float(learned["images"].detach().min()) >= 0.0
+    learned.halve()
+    assert learned.state(3, generator)["halvings"] == 1
 
 
 def test_batches_hold_every_class_equally() -> None:
@@ -82,10 +82,33 @@ def test_batches_hold_every_class_equally() -> None:
 
 def test_it_learns_images_labels_and_rate() -> None:
     data = blobs(patients=20)
-    distiller = SoftLabel(iterations=12, unroll=4, batch_per_class=8, width=8)
+    distiller = SoftLabel(iterations=8, unroll=4, batch_per_class=8, width=8)
     result = distiller.distill(OpenCurator(data), ipc=1, seed=0, start=None, bench=Workbench())
     assert result.schedule is not None
     assert abs(result.schedule.learning_rate - distiller.inner_rate) > 1e-3
     assert result.schedule.epochs == 4
     initial = torch.tensor([[2.0, -2.0], [-2.0, 2.0]]).softmax(1)
     assert (result.soft_labels - initial).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        pytest.param((3, 16, 16), TaskKind.BINARY, id="colour"),
+        pytest.param((1, 16, 16, 16), TaskKind.BINARY, id="volumes"),
+        pytest.param((1, 16, 16), TaskKind.MULTILABEL, id="multilabel"),
+    ],
+)
+def test_it_works_for(shape: tuple[int, ...], kind: TaskKind) -> None:
+    distiller = SoftLabel(iterations=3, unroll=2, batch_per_class=4, width=8)
+    made = distiller.distill(OpenCurator(of_shape(shape, kind)), ipc=1, seed=0, start=None, bench=Workbench())
+    assert made.images.shape == (2, *shape)
+    sums = made.soft_labels.sum(1)
+    assert torch.allclose(sums, torch.ones(2), atol=1e-5) == (kind is not TaskKind.MULTILABEL)
+    assert ((made.soft_labels > 0) & (made.soft_labels < 1)).all()
+
+
+def test_a_training_that_diverges_is_named_with_a_remedy() -> None:
+    distiller = SoftLabel(iterations=2, unroll=3, batch_per_class=4, width=8, inner_rate=1e25)
+    with pytest.raises(DataError, match="soft_label diverged at step 0"):
+        distiller.distill(OpenCurator(blobs(patients=8)), ipc=1, seed=0, start=None, bench=Workbench())

@@ -13,6 +13,7 @@ from torch import nn
 from medistill.core.distilled import DistilledSet, Schedule
 from medistill.core.images import ImageSet
 from medistill.core.reports import ArmResult, DiagnosticReport
+from medistill.core.task import Task
 from medistill.distill import distill
 from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig, evaluate, runner
@@ -152,13 +153,13 @@ def test_more_than_two_classes_are_compared() -> None:
 # -- nothing is chosen on test ----------------------------------------------------------------------------------
 
 
-def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[float], list[np.ndarray]]:
+def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[tuple[float, ...]], list[np.ndarray]]:
     """Thresholds and trained weights of a comparison on a test set."""
-    cuts: list[float] = []
+    cuts: list[tuple[float, ...]] = []
     weights: list[np.ndarray] = []
-    choose, train = runner.operating_point, students.fit
+    choose, train = runner.operating_points, students.fit
 
-    def watch_cut(*args: object) -> float:
+    def watch_cut(*args: object) -> tuple[float, ...]:
         cuts.append(choose(*args))
         return cuts[-1]
 
@@ -168,7 +169,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[floa
         return fitted
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "operating_point", watch_cut)
+        patch.setattr(runner, "operating_points", watch_cut)
         patch.setattr(students, "fit", watch_fit)
         compared(test=test)
     return cuts, weights
@@ -217,7 +218,9 @@ def test_a_report_survives_json(report: DiagnosticReport) -> None:
         ({"arms": ("real", "randm")}, "Unknown arms randm. Did you mean 'random'?"),
         ({"arms": ()}, "at least one"),
         ({"arms": ("real", "real")}, "each once"),
-        ({"network": "convent"}, "Unknown network 'convent'. Did you mean 'convnet'?"),
+        ({"networks": ("convent",)}, "Unknown network 'convent'. Did you mean 'convnet'?"),
+        ({"networks": ()}, "at least one of the networks"),
+        ({"networks": ("convnet", "convnet")}, "each once"),
         ({"seeds": 0}, "seeds >= 1"),
         ({"draws": 99}, "draws >= 100"),
         ({"real_epochs": 0}, "real_epochs >= 1"),
@@ -227,3 +230,23 @@ def test_what_cannot_be_compared_is_refused(settings: dict[str, object], message
     with pytest.raises(ConfigError) as caught:
         EvaluationConfig(**settings)
     assert message in str(caught.value)
+
+
+def test_every_network_trains_every_arm(report: DiagnosticReport) -> None:
+    both = compared(config=replace(QUICK, arms=("random", "distilled"), networks=("convnet", "mlp")))
+    assert [(a.network, a.arm, a.split) for a in both.arms] == [
+        (network, name, split)
+        for network in ("convnet", "mlp")
+        for name in ("random", "distilled")
+        for split in ("test", "holdout")
+    ]
+    assert arm(replace(both, arms=both.arms[:4]), "random").metrics == arm(report, "random").metrics
+    assert both.arms[0].metrics != both.arms[4].metrics
+
+
+def test_hard_labels_of_several_findings_are_the_soft_ones_rounded() -> None:
+    task = Task.multilabel(("class0", "class1"))
+    soft = torch.tensor([[0.9, 0.6], [0.2, 0.1]])
+    made = replace(release(ipc=1), task=task, soft_labels=soft)
+    found = runner._training_set("distilled_hard", made, TRAIN, QUICK, 0)
+    assert found.soft_labels.tolist() == [[1, 1], [0, 0]]

@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 
+from medistill.core.task import TaskKind
 from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
-from medistill.evaluate.metrics import diagnostic_metrics, operating_point, weighted_auroc
+from medistill.evaluate.metrics import (
+    class_aurocs,
+    diagnostic_metrics,
+    operating_point,
+    operating_points,
+    task_metrics,
+    weighted_auroc,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,3 +91,34 @@ def test_patient_interval_is_wider_than_an_image_interval_when_images_repeat() -
     grouped = width([str(i // 10) for i in range(600)])
     separate = width([str(i) for i in range(600)])
     assert grouped > 2 * separate
+
+
+def test_metrics_of_several_labels_are_averages_over_classes() -> None:
+    generator = np.random.default_rng(3)
+    targets = (generator.random((150, 4)) < (0.5, 0.2, 0.7, 0.0)).astype(float)
+    probabilities = np.clip(0.3 * targets + 0.7 * generator.random((150, 4)), 0, 1)
+    cuts = operating_points(TaskKind.MULTILABEL, probabilities, targets)
+    assert len(cuts) == 4
+    found = task_metrics(TaskKind.MULTILABEL, probabilities, targets, np.ones((1, 150)), thresholds=cuts)
+    shown, decided = targets[:, :3] > 0, probabilities[:, :3] >= cuts[:3]  # nobody shows the last class
+    assert found["auroc"][0] == pytest.approx(roc_auc_score(shown, probabilities[:, :3], average="macro"))
+    balanced = [balanced_accuracy_score(shown[:, c], decided[:, c]) for c in range(3)]
+    assert found["balanced_accuracy"][0] == pytest.approx(np.mean(balanced))
+    recall = [recall_score(shown[:, c], decided[:, c]) for c in range(3)]
+    assert found["diagnostic_sensitivity"][0] == pytest.approx(np.mean(recall))
+    areas = class_aurocs(probabilities, targets, np.ones((1, 150)))[:, 0]
+    assert areas[:3].mean() == pytest.approx(found["auroc"][0])
+    assert np.isnan(areas[3])
+    none = task_metrics(TaskKind.MULTILABEL, probabilities, np.zeros((150, 4)), np.ones((2, 150)), thresholds=cuts)
+    assert np.isnan(none["auroc"]).tolist() == [True, True]
+
+
+def test_operating_points_by_kind() -> None:
+    targets = np.eye(3)[np.arange(30) % 3]
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), 30)
+    assert operating_points(TaskKind.MULTICLASS, probabilities, targets) == ()
+    two = np.stack([1 - targets[:, 0], targets[:, 0]], axis=1)
+    pair = np.stack([1 - probabilities[:, 0], probabilities[:, 0]], axis=1)
+    (cut,) = operating_points(TaskKind.BINARY, pair, two)
+    assert cut == operating_point(pair, two.argmax(1))
+    assert cut == operating_points(TaskKind.MULTILABEL, probabilities, targets)[0]

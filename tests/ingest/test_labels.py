@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from medistill.core.task import TaskKind
+from medistill.core.task import Task, TaskKind
 from medistill.errors import LabelError
 from medistill.ingest.identity import Pseudonymiser
-from medistill.ingest.labels import LabelTable, load_labels, make_task
+from medistill.ingest.labels import LabelRule, LabelTable, load_labels, make_task
 from medistill.ingest.reading import table_key
 from medistill.ingest.table import lines_text
 from tests.ingest.conftest import KEY, write_csv
@@ -142,3 +142,35 @@ def test_class_order() -> None:
 def test_unusable_classes(labels: list[str], classes: tuple[str, ...] | None) -> None:
     with pytest.raises(LabelError):
         make_task(labels, classes)
+
+
+def test_cells_with_several_classes(tmp_path: Path) -> None:
+    rows = [
+        ["file", "label"],
+        ["a", "mass;effusion"],
+        ["b", "None"],
+        ["c", ""],
+        ["d", "effusion | mass"],
+        ["e", "x"],
+    ]
+    path = write_csv(tmp_path / "t.csv", [*rows, ["a", "effusion|mass"]])
+    table = load(path, rule=LabelRule(multilabel=True, no_class="none"))
+    found = [table.match([token("file", name)]) for name in "abcde"]
+    assert [entry.label for entry in found if entry] == ["effusion;mass", ";", "", "effusion;mass", "x"]
+    assert not table.names([token("file", "c")])
+    empty = load(path, rule=LabelRule(multilabel=True, no_class=""))
+    entry = empty.match([token("file", "c")])
+    assert entry is not None
+    assert entry.label == ";"
+    with pytest.raises(LabelError, match="contradict"):
+        load(path)  # one class each: the two cells of one file differ
+
+
+def test_a_task_of_several_classes_per_image() -> None:
+    labels = ["a;b", ";", "b", "a", "b;c", "c"] * 2
+    assert make_task(labels, None, multilabel=True) == Task.multilabel(("a", "b", "c"))
+    assert make_task(labels, ("c", "b", "a"), multilabel=True).class_names == ("c", "b", "a")
+    with pytest.raises(LabelError, match="4 images have a label that is not among"):
+        make_task(labels, ("a", "b"), multilabel=True)
+    with pytest.raises(LabelError, match="at least 2"):
+        make_task(["a", ";"], None, multilabel=True)

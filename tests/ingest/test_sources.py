@@ -9,11 +9,14 @@ import pytest
 from PIL import Image
 
 from medistill.errors import RejectedFile, SourceError
+from medistill.ingest import IngestConfig, ingest
+from medistill.ingest.geometry import Fit
 from medistill.ingest.intensity import Policy
 from medistill.ingest.reading import Source
 from medistill.ingest.sources import FolderSource, ImageFolderSource, NpzSource, source_for
 from medistill.ingest.sources.image_folder import decode_image
 from medistill.registry import SOURCES
+from tests.ingest.conftest import KEY
 
 
 def grey(payload: Path | bytes) -> np.ndarray:
@@ -131,3 +134,72 @@ def test_floats_out_of_range_are_rejected(tmp_path: Path) -> None:
     image = np.asarray(next(source.items()).payload)
     with pytest.raises(RejectedFile):
         next(source.decode(image, Policy.NONE))
+
+
+def test_npz_of_volumes(tmp_path: Path) -> None:
+    volumes = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 9), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", train_images=volumes, train_labels=[[0], [1]])
+    source = source_for(tmp_path / "a.npz", volumes="cubes")
+    assert (len(source), source.labelled) == (2, True)
+    (decoded,) = source.decode(next(iter(source.items())).payload, Policy.NONE)
+    np.testing.assert_array_equal(decoded.pixels(9, Fit.PAD), volumes[0].astype(np.uint16) * 257)
+    assert decoded.pixels(5, Fit.PAD).shape == (5, 5, 5)
+    np.savez(tmp_path / "b.npz", images=np.zeros((2, 9, 9, 3), dtype=np.uint8), label=[0, 1])
+    with pytest.raises(SourceError, match="volumes: slices"):
+        len(source_for(tmp_path / "b.npz", volumes="cubes"))
+
+
+def test_npz_of_several_labels(tmp_path: Path) -> None:
+    images, labels = np.zeros((3, 5, 5), dtype=np.uint8), np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, class_names=["x", "y", "z"])
+    source = NpzSource(tmp_path / "a.npz")
+    assert source.joint_labels
+    assert [item.label for item in source.items()] == ["x;z", ";", "y"]
+    np.savez(tmp_path / "b.npz", train_images=images, train_labels=labels)
+    assert [item.label for item in NpzSource(tmp_path / "b.npz").items()] == ["0;2", ";", "1"]
+    np.savez(tmp_path / "c.npz", train_images=images, train_labels=labels * 2)
+    with pytest.raises(SourceError, match="0 and 1"):
+        len(NpzSource(tmp_path / "c.npz"))
+    with pytest.raises(SourceError, match="Set labels to multilabel"):
+        ingest(tmp_path / "a.npz", tmp_path / "out", key=KEY, config=IngestConfig(missing_patient="own"))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [("auto", 3), ("grey", 1), ("rgb", 3)])
+def test_colour_is_kept_or_not_as_the_cohort_says(tmp_path: Path, colour: str, channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, label=np.arange(32) % 2)
+    config = IngestConfig(size=16, colour=colour, missing_patient="own", burned_in="allow")
+    cohort = ingest(tmp_path / "a.npz", tmp_path / "out", key=KEY, config=config, jobs=1)
+    found = cohort.store.read(range(32))
+    assert found.shape == (32, channels, 16, 16)
+    assert cohort.profile["config"]["colour"] == ("grey" if channels == 1 else "rgb")
+    grey = images @ np.array([0.299, 0.587, 0.114])
+    expected = np.moveaxis(images, -1, 1) if channels == 3 else grey[:, None]
+    np.testing.assert_allclose(found / 257, expected, atol=0.01)
+
+
+def test_colour_of_files(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (51, 102, 204)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8), 51).save(tmp_path / "b.png")
+    colour, grey = (next(decode_image(tmp_path / name, Policy.NONE)) for name in ("a.png", "b.png"))
+    assert colour.flags == ("colour",)
+    hidden = colour.masked([(0, 0, 4, 8)]).colours(8, Fit.PAD)
+    assert hidden[:, 6, 3].tolist() == [51 * 257, 102 * 257, 204 * 257]
+    assert not hidden[:, :4].any()
+    assert grey.colours(8, Fit.PAD)[:, 0, 0].tolist() == [51 * 257] * 3
+
+
+def test_images_of_an_npz_with_splits_can_be_patients_of_their_own(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    parts = {"train": slice(0, 30), "test": slice(30, 40)}
+    arrays = {
+        f"{name}_{what}": values[part]
+        for name, part in parts.items()
+        for what, values in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    config = IngestConfig(size=16, missing_patient="own", burned_in="allow")
+    cohort = ingest(tmp_path / "a.npz", tmp_path / "out", key=KEY, config=config, jobs=1)
+    assert len(cohort.patients) == 40
+    assert cohort.counts()["test"]["images"] == 10

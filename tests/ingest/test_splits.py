@@ -114,3 +114,15 @@ def test_patient_with_two_classes_counts_for_both() -> None:
 def test_fractions_are_checked(shares: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         SplitFractions(**shares)
+
+
+def test_every_finding_is_in_every_split_and_images_without_any_need_not_be() -> None:
+    every = {"a": 2, "b": 3, "rare": 20}
+    findings = {f"p{n:04d}": [name for name, step in every.items() if n % step == 0] for n in range(120)}
+    members = [Member(patient=patient, label=label) for patient, own in findings.items() for label in own or [""]]
+    members = [member for member in members if member.label or member.patient == "p0001"]
+    places = assign(members)
+    for label in ("a", "b", "rare"):
+        assert {p for m, p in zip(members, places, strict=True) if m.label == label} == set(Split)
+    home = {member.patient: place for member, place in zip(members, places, strict=True)}
+    assert all(home[member.patient] is place for member, place in zip(members, places, strict=True))

@@ -14,6 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
@@ -716,8 +717,7 @@ def test_real_series_of_two_patients(data: Path) -> None:
     assert whole.volume.spacing == pytest.approx((2.5, 0.488281, 0.488281))
 
 
-def test_a_cohort_of_volumes_is_not_taken_for_images(tmp_path: Path) -> None:
-    from medistill.errors import DataError
+def test_a_cohort_of_volumes_is_read_at_another_size(tmp_path: Path) -> None:
     from medistill.ingest import IngestConfig, ingest
     from tests.ingest.conftest import KEY, write_csv
 
@@ -733,5 +733,7 @@ def test_a_cohort_of_volumes_is_not_taken_for_images(tmp_path: Path) -> None:
     cohort = ingest(tmp_path / "scans", tmp_path / "c", key=KEY, labels=labels, config=config, jobs=1)
     assert cohort.store.read([0, 1]).shape == (2, 1, 8, 8, 8)
     assert len(cohort.patients) == 16
-    with pytest.raises(DataError, match=r"volumes.*volumes: slices"):
-        cohort.images(8)
+    assert torch.equal(cohort.images(8).images, torch.tensor(cohort.store.read(range(16)) / 65535.0).float())
+    halved = cohort.images(4).images
+    assert halved.shape == (16, 1, 4, 4, 4)
+    assert halved.flatten(1).mean(1) == pytest.approx(cohort.images(8).images.flatten(1).mean(1), abs=0.02)

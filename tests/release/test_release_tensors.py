@@ -9,7 +9,7 @@ import torch
 from example_release import PRIVATE, THREE, TWO, distilled_set
 from safetensors.torch import load_file, save_file
 
-from medistill.core.distilled import Step
+from medistill.core.distilled import Step, ViewLabels
 from medistill.errors import DataError, OutputError, ReleaseError
 from medistill.release import durable
 from medistill.release.tensors import load_distilled, save_distilled
@@ -153,6 +153,71 @@ def test_tensors_that_are_not_safetensors(tmp_path, content):
 )
 def test_tensors_that_break_an_invariant(tmp_path, edit, message):
     save_distilled(tmp_path, distilled_set(TWO, ipc=2))
+    tensors = load_file(tmp_path / "images.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "other")
+    with_tensors(tmp_path, (tmp_path / "other").read_bytes())
+    with pytest.raises(ReleaseError, match=message):
+        load_distilled(tmp_path)
+
+
+def with_views(distilled, *, views=3):
+    generator = torch.Generator().manual_seed(2)
+    low = torch.rand(views, len(distilled), 2, generator=generator) / 2
+    labels = torch.rand(views, len(distilled), distilled.task.n_classes, generator=generator).softmax(2)
+    made = ViewLabels(boxes=torch.cat([low, low + 0.4], 2), soft_labels=labels, temperature=1.7)
+    return replace(distilled, views=made)
+
+
+def test_views_round_trip_and_are_part_of_the_fingerprint(tmp_path):
+    plain = distilled_set(TWO, ipc=2)
+    distilled = with_views(plain)
+    save_distilled(tmp_path, distilled)
+    loaded = load_distilled(tmp_path)
+    assert torch.equal(loaded.views.boxes, distilled.views.boxes)
+    assert torch.equal(loaded.views.soft_labels, distilled.views.soft_labels)
+    assert loaded.views.temperature == 1.7
+    assert loaded.fingerprint() == distilled.fingerprint()
+    others = [
+        replace(distilled.views, temperature=1.8),
+        replace(distilled.views, boxes=distilled.views.boxes / 2),
+        replace(distilled.views, soft_labels=distilled.views.soft_labels.flip(2)),
+        None,
+    ]
+    found = {replace(distilled, views=views).fingerprint() for views in others} | {distilled.fingerprint()}
+    assert len(found) == 5
+
+
+def test_a_set_without_views_is_written_and_named_as_before(tmp_path):
+    plain = distilled_set(TWO, ipc=2)
+    save_distilled(tmp_path, plain)
+    assert set(load_file(tmp_path / "images.safetensors")) == {"images", "soft_labels", "hard_labels"}
+    digest = hashlib.sha256(plain.recipe.fingerprint().encode())
+    for tensor in (plain.images, plain.soft_labels, plain.hard_labels):
+        digest.update(tensor.numpy().tobytes())
+    assert plain.fingerprint() == digest.hexdigest()
+    assert load_distilled(tmp_path).views is None
+
+
+def test_views_of_other_images_are_refused():
+    distilled = with_views(distilled_set(TWO, ipc=2))
+    with pytest.raises(DataError, match="every view"):
+        replace(distilled_set(TWO, ipc=3), views=distilled.views)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("view_boxes"), "Expected the tensors"),
+        (lambda t: t.update(view_boxes=t["view_boxes"].double()), "Expected the tensors"),
+        (lambda t: t.update(view_boxes=t["view_boxes"] * 3), r"\[0, 1\]"),
+        (lambda t: t.update(view_soft_labels=t["view_soft_labels"] - 1), r"\[0, 1\]"),
+        (lambda t: t.update(view_temperature=t["view_temperature"] * 0), "temperature"),
+        (lambda t: t.update(view_temperature=t["view_temperature"].repeat(2)), "missing or odd"),
+    ],
+)
+def test_views_that_break_an_invariant(tmp_path, edit, message):
+    save_distilled(tmp_path, with_views(distilled_set(TWO, ipc=2)))
     tensors = load_file(tmp_path / "images.safetensors")
     edit(tensors)
     save_file(tensors, tmp_path / "other")

@@ -470,10 +470,8 @@ def test_association_is_cramers_v_and_near_zero_without_one() -> None:
 def judged(quality: Quality, cohort: Cohort, **changed) -> set[str]:
     """Titles of the warnings a made-up cohort would get."""
     parts = {
-        "whole": counting._part("all", cohort.instances, cohort.task.class_names),
-        "splits": tuple(
-            counting._part(split, cohort.split(split).instances, cohort.task.class_names) for split in Split
-        ),
+        "whole": counting._part("all", cohort.instances, cohort.task),
+        "splits": tuple(counting._part(split, cohort.split(split).instances, cohort.task) for split in Split),
         "attributes": tuple(counting._attribute(a, cohort) for a in counting._ATTRIBUTES),
         "duplicates": counting._duplicates(cohort),
         "intensity": measure_intensity(cohort),

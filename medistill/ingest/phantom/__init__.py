@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from medistill.ingest.phantom.anatomy import Anatomy, Pose, draw_anatomy, draw_pose
 from medistill.ingest.phantom.cohort import CLASSES, PhantomConfig, PhantomSummary, write_phantom
-from medistill.ingest.phantom.film import render
+from medistill.ingest.phantom.film import render, stomach_region
 
 __all__ = [
     "CLASSES",
@@ -23,5 +23,6 @@ __all__ = [
     "draw_anatomy",
     "draw_pose",
     "render",
+    "stomach_region",
     "write_phantom",
 ]

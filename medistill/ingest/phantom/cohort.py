@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import UID
 
 from medistill.errors import ConfigError, OutputError
 from medistill.ingest.phantom.anatomy import Anatomy, draw_anatomy, draw_pose
-from medistill.ingest.phantom.film import render
+from medistill.ingest.phantom.film import render, stomach_region
 from medistill.ingest.phantom.identity import (
     MARKER,
     Header,
@@ -96,7 +97,12 @@ class PhantomSummary:
 
 
 def write_phantom(
-    out: Path, config: PhantomConfig, *, progress: Progress = _SILENT, jobs: int | None = 1
+    out: Path,
+    config: PhantomConfig,
+    *,
+    regions: bool = False,
+    progress: Progress = _SILENT,
+    jobs: int | None = 1,
 ) -> PhantomSummary:
     """Write a synthetic double-contrast gastric X-ray cohort as DICOM.
 
@@ -107,6 +113,8 @@ def write_phantom(
     Args:
         out: Folder to make; may exist if empty.
         config: What to make.
+        regions: Write ``regions/<SOPInstanceUID>.png`` as well, white where the stomach is; the other files stay
+            the same.
         progress: Receives one tick per patient.
         jobs: Processes; ``None`` takes all cores.
 
@@ -119,7 +127,7 @@ def write_phantom(
     partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial_out.mkdir(parents=True)
-        rows = _write_files(partial_out, config, progress=progress, jobs=jobs)
+        rows = _write_files(partial_out, config, regions=regions, progress=progress, jobs=jobs)
         _write_tables(partial_out, config, rows)
         if out.exists():
             out.rmdir()
@@ -139,18 +147,23 @@ def write_phantom(
 
 
 def _write_files(
-    folder: Path, config: PhantomConfig, *, progress: Progress, jobs: int | None
+    folder: Path, config: PhantomConfig, *, regions: bool, progress: Progress, jobs: int | None
 ) -> list[dict[str, Any]]:
     order = np.random.default_rng(np.random.SeedSequence(config.seed)).permutation(config.patients)
     tasks = [(index, bool(rank % 2)) for index, rank in enumerate(order)]
-    written = parallel_map(partial(_write_patient, folder=folder / "dicom", config=config), tasks, jobs=jobs)
+    if regions:
+        (folder / "regions").mkdir()
+    write = partial(_write_patient, folder=folder, config=config, regions=regions)
+    written = parallel_map(write, tasks, jobs=jobs)
     rows: list[dict[str, Any]] = []
     for patient_rows in progress.track(written, "making patients", total=config.patients):
         rows.extend(patient_rows)
     return rows
 
 
-def _write_patient(task: tuple[int, bool], *, folder: Path, config: PhantomConfig) -> list[dict[str, Any]]:
+def _write_patient(
+    task: tuple[int, bool], *, folder: Path, config: PhantomConfig, regions: bool
+) -> list[dict[str, Any]]:
     """Write all films of one patient; returns their rows of the answer key."""
     index, gastritis = task
     sequence = np.random.SeedSequence(config.seed, spawn_key=(index,))
@@ -163,7 +176,9 @@ def _write_patient(task: tuple[int, bool], *, folder: Path, config: PhantomConfi
     for number, shot in enumerate(shots):
         label = "outside" if shot.outside else CLASSES[0 if gastritis else 1]
         rng = np.random.default_rng(sequence.spawn(1)[0])
-        row = _write_film(rng, anatomy, person, shot, folder=folder, config=config, key=(index, number))
+        row = _write_film(
+            rng, anatomy, person, shot, folder=folder, config=config, key=(index, number), regions=regions
+        )
         rows.append({"patient": index, "label": label, "severity": round(anatomy.severity, 4), **row})
     return rows
 
@@ -199,6 +214,7 @@ def _write_film(
     folder: Path,
     config: PhantomConfig,
     key: tuple[int, int],
+    regions: bool,
 ) -> dict[str, Any]:
     """Render, store and write one film; returns its row of the answer key."""
     fluoroscopy = rng.random() < 0.25
@@ -212,7 +228,11 @@ def _write_film(
         instance_number=shot.number,
         rng=rng,
     )
-    stored = quantise(render(anatomy, draw_pose(rng, outside=shot.outside), config.size), storage)
+    pose = draw_pose(rng, outside=shot.outside)
+    stored = quantise(render(anatomy, pose, config.size), storage)
+    if regions:
+        region = Image.fromarray(stomach_region(anatomy, pose, config.size))
+        region.save(folder / "regions" / f"{header.dataset.SOPInstanceUID}.png")
     boxes: list[TextBox] = []
     if rng.random() < config.burned_in:
         name = person.name.replace("^", " ").replace("é", "e")  # the default font has no accents
@@ -223,7 +243,7 @@ def _write_film(
     extension = str(rng.choice([".dcm", ".dcm", "", ".DCM"]))
     path = Path(person.patient_id) / f"{shot.visit.day:%Y%m%d}" / f"IM{shot.number:06d}{extension}"
     header.meta.TransferSyntaxUID = storage.transfer_syntax
-    _save(header, folder / path)
+    _save(header, folder / "dicom" / path)
     return {
         "file": path.as_posix(),
         "sop_uid": header.dataset.SOPInstanceUID,

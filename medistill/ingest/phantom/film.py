@@ -51,6 +51,16 @@ def render(anatomy: Anatomy, pose: Pose, size: int) -> FloatImage:
     return _develop(_blur(_blur(attenuation)), pose)
 
 
+def stomach_region(anatomy: Anatomy, pose: Pose, size: int) -> npt.NDArray[np.bool_]:
+    """Where the stomach is on the film that :func:`render` exposes, shape ``(size, size)``."""
+    frame = _Frame.of(pose, size)
+    if not _near_stomach(anatomy, _Frame.of(pose, max(size // 2, 16))):
+        return np.zeros((size, size), dtype=np.bool_)
+    _, _, depth = _stomach_frame(anatomy, pose, frame)
+    region: npt.NDArray[np.bool_] = depth + frame.waves(anatomy.wall) > 0
+    return region
+
+
 @dataclass(frozen=True)
 class _Frame:
     """Body coordinates of the pixels: ``origin + row * down + column * right``."""

@@ -30,7 +30,7 @@ __all__ = [
 
 _LOOK_AT = 50
 _NIFTI = (".nii", ".nii.gz")
-_VOLUMES = {"folder": "series", "archive": "series", "dicomdir": "series", "nifti": "nifti"}
+_VOLUMES = {"folder": "series", "archive": "series", "dicomdir": "series", "nifti": "nifti", "npz": "npz"}
 
 
 def source_for(path: Path, *, volumes: str = "slices") -> Source:
@@ -50,7 +50,7 @@ def open_source(
     Args:
         kind: ``auto``, or a name of the registry.
         where: Path or address.
-        volumes: ``slices``, or ``cubes`` for one volume per series or NIfTI file.
+        volumes: ``slices``, or ``cubes`` for one volume per series, NIfTI file or entry of an ``.npz`` file.
         options: Further arguments of the source, such as ``studies`` or ``token_file``.
 
     Raises:
@@ -69,7 +69,7 @@ def open_source(
         if kind not in _VOLUMES:
             raise ConfigError(f"Expected volumes: slices for a source of kind {kind}; it holds no volumes.")
         kind = _VOLUMES[kind]
-        given |= {"mode": "cube"} if kind == "nifti" else {}
+        given |= {"mode": "cube"} if kind in ("nifti", "npz") else {}
     source = SOURCES.load(kind)
     known = [field.name for field in fields(source)][1:]
     for name in given:

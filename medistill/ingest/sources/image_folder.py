@@ -8,14 +8,14 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from medistill.errors import RejectedFile, SourceError
-from medistill.ingest.decode import MAX_PIXELS, luminance
+from medistill.ingest.decode import MAX_PIXELS
 from medistill.ingest.frames import Decoded
 from medistill.ingest.intensity import Policy
 from medistill.ingest.reading import Item
@@ -31,8 +31,8 @@ _SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I"})
 class ImageFolderSource:
     """Images in one sub-folder per class, or in any layout with a label table keyed by ``file``.
 
-    The class of an image is the folder that holds it. Grey levels are taken as they are, 8-bit or 16-bit; colour
-    becomes luminance, transparency is laid on black. Other files (tables, hidden files) are left alone.
+    The class of an image is the folder that holds it. Levels are taken as they are, 8-bit or 16-bit; transparency
+    is laid on black. Other files (tables, hidden files) are left alone.
 
     Args:
         path: Folder or ``.zip`` file. Archive members are read in memory and never unpacked.
@@ -91,11 +91,16 @@ def decode_image(payload: Path | bytes, policy: Policy) -> Iterator[Decoded]:
     Raises:
         RejectedFile: IMAGE_FORMAT, DIM_LIMIT, READ_ERROR or ZIP_LIMIT.
     """
-    yield Decoded(stored=read_grey(payload), presentation=None, policy=policy)
+    stored, top = read_levels(payload)
+    flags = ("colour",) if stored.ndim == 3 else ()
+    yield Decoded(stored=stored, presentation=None, policy=policy, flags=flags, top=top)
 
 
-def read_grey(payload: Path | bytes) -> NDArray[np.float32]:
-    """Grey levels in ``[0, 1]`` of an image file, shape ``(h, w)``.
+def read_levels(payload: Path | bytes) -> tuple[NDArray[Any], float]:
+    """Content of an image file and the value of full intensity.
+
+    Returns:
+        Grey levels in ``[0, 1]``, shape ``(h, w)``; or red, green and blue, shape ``(h, w, 3)``.
 
     Raises:
         RejectedFile: IMAGE_FORMAT, DIM_LIMIT, READ_ERROR or ZIP_LIMIT.
@@ -110,7 +115,7 @@ def read_grey(payload: Path | bytes) -> NDArray[np.float32]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise RejectedFile("DIM_LIMIT", f"expected at most {MAX_PIXELS} pixels")
-            return _grey(ImageOps.exif_transpose(picture))
+            return _levels(ImageOps.exif_transpose(picture))
     except RejectedFile:
         raise
     except MemoryError:
@@ -121,16 +126,16 @@ def read_grey(payload: Path | bytes) -> NDArray[np.float32]:
         raise RejectedFile("IMAGE_FORMAT") from None
 
 
-def _grey(picture: Image.Image) -> NDArray[np.float32]:
+def _levels(picture: Image.Image) -> tuple[NDArray[Any], float]:
     if picture.mode in _SIXTEEN_BIT:
-        return np.asarray(picture).astype(np.float32) / np.float32(65535)
+        return np.asarray(picture).astype(np.float32) / np.float32(65535), 1.0
     if picture.mode == "F":
         raise RejectedFile("IMAGE_FORMAT", "floating point images have no fixed grey range")
     if picture.mode in {"L", "1"}:
-        return np.asarray(picture.convert("L")).astype(np.float32) / np.float32(255)
+        return np.asarray(picture.convert("L")).astype(np.float32) / np.float32(255), 1.0
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture.convert("RGBA"))
-    return luminance(np.asarray(picture.convert("RGB")), top=255)
+    return np.asarray(picture.convert("RGB")), 255.0
 
 
 def _is_image_name(name: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medistill.core.cohort import AGE_BANDS, Cohort, Instance, Split
+from medistill.core.task import Task
 from medistill.errors import SourceError
 from medistill.ingest.cache import load_cohort
 from medistill.ingest.quarantine import REASON_CODES
@@ -61,10 +62,8 @@ def inspect_cohort(path: Path, *, seed: int = 0) -> Quality:
         rejected=len(scanned - accepted),
         quarantine=_reasons(manifest),
         classes=cohort.task.class_names,
-        whole=_part("all", cohort.instances, cohort.task.class_names),
-        splits=tuple(
-            _part(split.value, cohort.split(split).instances, cohort.task.class_names) for split in Split
-        ),
+        whole=_part("all", cohort.instances, cohort.task),
+        splits=tuple(_part(split.value, cohort.split(split).instances, cohort.task) for split in Split),
         attributes=tuple(_attribute(name, cohort) for name in _ATTRIBUTES),
         per_patient=_per_patient(cohort),
         flags=dict(sorted(flags.items(), key=lambda item: (-item[1], item[0]))),
@@ -110,8 +109,13 @@ def _count(instances: Iterable[Instance]) -> Count:
     return Count(images=len(patients), patients=len(set(patients)))
 
 
-def _part(name: str, instances: Sequence[Instance], classes: Sequence[str]) -> Part:
-    per_class = {label: _count(i for i in instances if i.label == label) for label in classes}
+def _part(name: str, instances: Sequence[Instance], task: Task) -> Part:
+    """Counts; images of several classes count for each of them."""
+    of_class: dict[str, list[Instance]] = {label: [] for label in task.class_names}
+    for instance in instances:
+        for label in task.names_in(instance.label):
+            of_class[label].append(instance)
+    per_class = {label: _count(own) for label, own in of_class.items()}
     return Part(name=name, total=_count(instances), classes=per_class)
 
 
@@ -120,7 +124,7 @@ def _attribute(name: str, cohort: Cohort) -> Attribute:
     groups: dict[str, list[Instance]] = defaultdict(list)
     for instance in cohort.instances:
         groups[getattr(instance, name)].append(instance)
-    parts = {value: _part(value, group, cohort.task.class_names) for value, group in groups.items()}
+    parts = {value: _part(value, group, cohort.task) for value, group in groups.items()}
     order = sorted(parts, key=lambda value: (value == "", -parts[value].total.patients, value))
     if name == "age_band":
         order = [band for band in (*AGE_BANDS[1:], "") if band in parts]

@@ -137,7 +137,7 @@ def _pictures(quality: Quality, cohort: Cohort) -> tuple[_Group, ...]:
     generator = np.random.default_rng((quality.seed, 1))
     groups = []
     for label in quality.classes:
-        own = [instance for instance in cohort.instances if instance.label == label]
+        own = [i for i in cohort.instances if label in cohort.task.names_in(i.label)]
         first_of: dict[str, Instance] = {}
         shuffled = [own[i] for i in generator.permutation(len(own))]
         for instance in shuffled:
@@ -179,7 +179,8 @@ def _sheet(pictures: Sequence[_Group]) -> bytes:
 
 def _average(cohort: Cohort, label: str, seed: int) -> Tensor | None:
     """The mean of the sampled images of a class, of a volume its middle slice; nothing for a class without any."""
-    rows = [instance.row for instance in sampled_instances(cohort, seed=seed) if instance.label == label]
+    sampled = sampled_instances(cohort, seed=seed)
+    rows = [instance.row for instance in sampled if label in cohort.task.names_in(instance.label)]
     sums = [scaled(block).double().sum(0) for _, block in blocks(cohort.store, rows)]
     return (torch.stack(sums).sum(0) / len(rows)).float() if rows else None
 

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from medistill.core.cohort import Cohort, Instance, PixelStore
+from medistill.core.task import Task, TaskKind
 from medistill.report.quality.records import BINS, Intensity, Levels, Lookalikes, Shortcut, Unusual
 
 MOST_SAMPLED = 2000  #: images whose pixels are looked at
@@ -31,7 +32,7 @@ def sampled_instances(cohort: Cohort, *, seed: int, most: int = MOST_SAMPLED) ->
     Returns:
         Instances in the order of their ``row``; the same seed gives the same ones.
     """
-    by_class = [[i for i in cohort.instances if i.label == label] for label in cohort.task.class_names]
+    by_class = strata(cohort)
     generator = np.random.default_rng(seed)
     chosen: list[Instance] = []
     left = most
@@ -40,6 +41,18 @@ def sampled_instances(cohort: Cohort, *, seed: int, most: int = MOST_SAMPLED) ->
         chosen += [group[i] for i in generator.choice(len(group), share, replace=False)]
         left -= share
     return sorted(chosen, key=lambda instance: instance.row)
+
+
+def strata(cohort: Cohort) -> list[list[Instance]]:
+    """Every image once, by class; one of several classes with the rarest of them, those of none by themselves."""
+    names = cohort.task.class_names
+    shown = [cohort.task.names_in(instance.label) for instance in cohort.instances]
+    counts = Counter(name for own in shown for name in own)
+    groups: dict[str, list[Instance]] = {name: [] for name in names}
+    for instance, own in zip(cohort.instances, shown, strict=True):
+        rarest = min(own, key=lambda name: (counts[name], names.index(name)), default="")
+        groups.setdefault(rarest, []).append(instance)
+    return list(groups.values())
 
 
 def blocks(store: PixelStore, rows: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.uint16]]]:
@@ -60,28 +73,32 @@ def measure_intensity(cohort: Cohort, *, seed: int = 0, most: int = MOST_SAMPLED
     """
     sample = sampled_instances(cohort, seed=seed, most=most)
     names = cohort.task.class_names
-    classes = np.array([names.index(instance.label) for instance in sample], dtype=np.int64)
-    histograms = np.zeros((len(names), BINS))
+    shown = [cohort.task.names_in(instance.label) for instance in sample]
+    classes = np.array([[name in own for name in names] for own in shown])
+    each = _weights(cohort, sample)
+    histograms, whole = np.zeros((len(names), BINS)), np.zeros(BINS)
     figures = np.zeros((len(sample), 4))  # per image: mean, standard deviation, share of black, share of white
     constant = np.zeros(len(sample), dtype=bool)
     small = np.zeros((len(sample), _SMALL * _SMALL), dtype=np.float32)
     for where, block in blocks(cohort.store, [instance.row for instance in sample]):
         for place, image in enumerate(block, start=where.start):
             counts = np.bincount(image.ravel(), minlength=_LEVELS)
-            histograms[classes[place]] += counts.reshape(BINS, -1).sum(1) / image.size
+            histogram = counts.reshape(BINS, -1).sum(1) / image.size
+            histograms[classes[place]] += histogram
+            whole += each[place] * histogram
             figures[place] = _figures(counts / image.size)
             constant[place] = counts.max() == image.size
         shrunk = torch.nn.functional.adaptive_avg_pool2d(scaled(block), _SMALL)
         small[where] = shrunk.mean(1).reshape(len(block), -1).numpy()
-    levels = tuple(_levels(n, classes == c, histograms[c], figures) for c, n in enumerate(names))
+    levels = tuple(_levels(n, classes[:, c], histograms[c], figures) for c, n in enumerate(names))
     patients = [instance.patient for instance in sample]
     faults = _faults(figures, constant)
     return Intensity(
         sampled=len(sample),
         images=len(cohort),
-        overall=_overall(levels, cohort, figures, classes),
+        overall=_overall(whole, figures, each),
         classes=levels,
-        shortcuts=tuple(_shortcuts(names, classes, patients, figures)),
+        shortcuts=tuple(_shortcuts(cohort.task, classes, patients, figures)),
         constant=faults.count("one grey level"),
         empty=faults.count("almost empty"),
         overexposed=faults.count("over-exposed"),
@@ -165,35 +182,39 @@ def _levels(
     )
 
 
-def _overall(
-    levels: Sequence[Levels], cohort: Cohort, figures: NDArray[np.float64], classes: NDArray[np.int64]
-) -> Levels:
-    """All classes, each weighted by its images in the cohort, since the sample is more even than the cohort."""
-    labels = Counter(instance.label for instance in cohort.instances)
-    seen = [level for level in levels if level.images]
-    weights = np.array([labels[level.name] for level in seen], dtype=np.float64)
-    weights /= max(1.0, weights.sum())
-    each = np.array([labels[level.name] / max(1, level.images) for level in levels])[classes]
+def _weights(cohort: Cohort, sample: Sequence[Instance]) -> NDArray[np.float64]:
+    """How many images of the cohort each sampled one stands for: the sample is more even than the cohort."""
+    drawn = {instance.row for instance in sample}
+    weight: dict[int, float] = {}
+    for group in strata(cohort):
+        rows = [instance.row for instance in group if instance.row in drawn]
+        weight |= dict.fromkeys(rows, len(group) / max(1, len(rows)))
+    return np.array([weight[instance.row] for instance in sample])
+
+
+def _overall(histogram: NDArray[np.float64], figures: NDArray[np.float64], each: NDArray[np.float64]) -> Levels:
+    """All sampled images with their weights."""
+    total = max(1.0, each.sum())
     return Levels(
         name="",
-        images=sum(level.images for level in levels),
-        histogram=tuple((weights @ np.array([level.histogram for level in seen])).tolist()),
-        black=float(weights @ np.array([level.black for level in seen])),
-        white=float(weights @ np.array([level.white for level in seen])),
+        images=len(each),
+        histogram=tuple((histogram / total).tolist()),
+        black=float(each @ figures[:, 2] / total),
+        white=float(each @ figures[:, 3] / total),
         brightness=_percentiles(figures[:, 0], each),
         contrast=_percentiles(figures[:, 1], each),
     )
 
 
 def _shortcuts(
-    names: Sequence[str], classes: NDArray[np.int64], patients: Sequence[str], figures: NDArray[np.float64]
+    task: Task, classes: NDArray[np.bool_], patients: Sequence[str], figures: NDArray[np.float64]
 ) -> Iterator[Shortcut]:
     """AUROC of a class against the rest from one number per patient; for two classes once, as it is the same."""
     for measure, column in (("brightness", 0), ("contrast", 1)):
-        for c, name in enumerate(names):
-            if len(names) == 2 and c == 0:
+        for c, name in enumerate(task.class_names):
+            if task.kind is TaskKind.BINARY and c == 0:
                 continue
-            inside, outside = (_patient_means(figures[:, column], patients, classes == c, own) for own in (1, 0))
+            inside, outside = (_patient_means(figures[:, column], patients, classes[:, c], own) for own in (1, 0))
             n, m = len(inside), len(outside)
             if min(n, m) < 2:
                 continue

@@ -1,0 +1,364 @@
+"""The comparison of distillers: budgets, cells in processes of their own, resuming, and the table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from medistill.errors import ConfigError
+from medistill.evaluate import processes
+from medistill.evaluate.metrics import METRICS
+from medistill.ingest import IngestConfig, SplitFractions, ingest
+from medistill.progress import Progress
+from medistill.report.chart import Point, Series, chart, ticks
+from medistill.studies.budget import FIRST_ITERATIONS, Cost, fit_cost, probe, share_budget
+from medistill.studies.cell import budgeted, error_line, main, nearest
+from medistill.studies.comparison import ComparisonConfig, compare, estimate_seconds, plan_cells
+from tests.conftest import REPOSITORY, blobs
+
+PIPELINE = REPOSITORY / "pipelines" / "compare_distillers.py"
+QUICK = {"distribution_matching": {"networks": 1, "iterations": 4}}
+
+
+def write_npz(path: Path) -> Path:
+    """Two classes of 60 patients that can be told apart."""
+    made = blobs(60, per_patient=1, size=16, seed=3)
+    images = (made.images[:, 0].numpy() * 255).astype(np.uint8)
+    patients = np.array([f"p{i}" for i in range(len(images))])
+    np.savez(path, images=images, labels=made.classes.numpy().astype(str), patient_id=patients)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    fractions = SplitFractions(train=0.4, validation=0.2, holdout=0.2, test=0.2)
+    config = IngestConfig(size=16, burned_in="allow", fractions=fractions)
+    ingest(write_npz(folder / "tiny.npz"), folder / "cohort", key=bytes(32), config=config, jobs=1)
+    return folder / "cohort"
+
+
+def small(**changes: object) -> ComparisonConfig:
+    values = {
+        "methods": [{"method": "distribution_matching", "label": "dm", "settings": QUICK}],
+        "ipc": [1],
+        "students": 1,
+        "draws": 100,
+        "real_epochs": 1,
+    }
+    return ComparisonConfig.from_values({**values, **changes})
+
+
+# -- the arithmetic of budgets -----------------------------------------------------------------------------------
+
+
+def test_the_line_through_two_runs_is_exact() -> None:
+    cost = fit_cost((3, 10 + 3 * 0.25), (43, 10 + 43 * 0.25))
+    assert cost.fixed == pytest.approx(10)
+    assert cost.per_step == pytest.approx(0.25)
+    assert cost.seconds(100) == pytest.approx(35)
+    assert fit_cost((43, 20.75), (3, 10.75)) == cost
+
+
+def test_no_line_through_runs_that_do_not_grow() -> None:
+    with pytest.raises(ConfigError, match="could not be told"):
+        fit_cost((3, 2.0), (9, 2.0))
+
+
+def test_a_fixed_cost_is_never_negative() -> None:
+    assert fit_cost((1, 0.5), (2, 2.0)).fixed == 0
+
+
+def test_one_distiller_gets_what_its_fixed_cost_leaves() -> None:
+    assert share_budget({"a": Cost(fixed=20, per_step=0.3)}, 120) == {"a": 333}
+
+
+def test_a_chain_shares_what_all_fixed_costs_leave() -> None:
+    costs = {"a": Cost(fixed=10, per_step=0.5), "b": Cost(fixed=30, per_step=2.0)}
+    found = share_budget(costs, 120, {"a": 1, "b": 3})
+    assert found == {"a": 40, "b": 30}
+    assert sum(costs[name].seconds(count) for name, count in found.items()) == pytest.approx(120)
+
+
+def test_a_budget_below_the_fixed_cost_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"before the first iteration 30\.0 s are spent"):
+        share_budget({"a": Cost(fixed=30, per_step=1)}, 30)
+
+
+def test_a_probe_finds_the_cost_of_a_known_loop() -> None:
+    def burn(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def run(iterations: int, progress: Progress) -> None:
+        burn(0.2)
+        for _ in progress.track(range(iterations), "burning", total=iterations):
+            burn(0.02)
+
+    cost, runs = probe(run, budget=2)
+    assert cost.per_step == pytest.approx(0.02, rel=0.3)
+    assert cost.fixed == pytest.approx(0.2, abs=0.15)
+    assert runs[0][0] == FIRST_ITERATIONS
+    assert runs[1][1] - runs[0][1] == pytest.approx(0.5, rel=0.4)
+
+
+def test_resolved_iterations_join_the_settings() -> None:
+    request = {
+        "settings": {"a": {"rate": 1.0}},
+        "share": {},
+        "budget_seconds": 10.0,
+        "costs": {"a": {"fixed": 0.0, "per_step": 1.0}, "b": {"fixed": 2.0, "per_step": 2.0}},
+    }
+    assert budgeted(request) == {"a": {"rate": 1.0, "iterations": 4}, "b": {"iterations": 2}}
+
+
+# -- the configuration -------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        small(methods=["distribution_matchin", "random", "random"], networks=["convne"], students=0)
+    message = str(caught.value)
+    for part in ("Did you mean 'distribution_matching'", "Did you mean 'convnet'", "label of its own", "students"):
+        assert part in message
+
+
+def test_an_unknown_key_has_its_path() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        small(seed=3)
+    with pytest.raises(ConfigError, match=r"methods\.0\.label_"):
+        small(methods=[{"method": "random", "label_": "x"}])
+
+
+def test_cells_and_their_names(cohort: Path) -> None:
+    config = small(methods=["random", "real"], ipc=[1, 2], seeds=[0, 1])
+    cells = plan_cells(config, {"tiny": (cohort, 16)})
+    assert [(c.contestant.method, c.ipc, c.seed) for c in cells] == [
+        *(("random", ipc, seed) for ipc in (1, 2) for seed in (0, 1)),
+        ("real", 0, 0),
+        ("real", 0, 1),
+    ]
+    names = {cell.name(config) for cell in cells}
+    assert len(names) == 6
+    more = small(methods=["random", "real"], ipc=[1, 2], seeds=[0, 1], students=2)
+    assert not names & {cell.name(more) for cell in cells}
+
+
+# -- the leak check ----------------------------------------------------------------------------------------------
+
+
+def test_nearest_images_against_a_plain_loop() -> None:
+    train, held_out = blobs(20, per_patient=1, size=16), blobs(10, per_patient=1, size=16, seed=5, first=100)
+    released = torch.cat([train.images[:2], torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))])
+    found = nearest(released, train, held_out)
+
+    def best(image: torch.Tensor, pool: torch.Tensor) -> float:
+        return max(float(np.corrcoef(image.flatten(), other.flatten())[0, 1]) for other in pool)
+
+    assert found["train_all"] == pytest.approx(np.mean([best(i, train.images) for i in released]), abs=1e-5)
+    assert found["held_out"] == pytest.approx(np.mean([best(i, held_out.images) for i in released]), abs=1e-5)
+    assert found["pool"] == 10
+    assert found["gap"] > 0.02  # two of four images are copies
+
+
+# -- cells, resuming, the table ----------------------------------------------------------------------------------
+
+
+# Stands for a cell: seed 0 and 1 succeed, seed 2 fails, and the file FAILING makes all fail. Starts without torch.
+STAND_IN = """
+import json, sys, time, pathlib
+import numpy as np
+from safetensors.numpy import save_file
+request, target = json.loads(open(sys.argv[1]).read()), pathlib.Path(sys.argv[2])
+seed = request["seed"]
+if seed == 2:
+    answer = {"status": "failed", "error": "seed 2 fails"}
+else:
+    time.sleep(SLEEP if seed else 0)
+    drawn = np.random.default_rng(seed).random((5, 100))
+    tensors = {f"draws/convnet/{p}/{k}": drawn for p in ("chosen", "common") for k in ("soft", "hard")}
+    images = np.zeros((2, 1, 16, 16), dtype=np.float32)
+    save_file({**tensors, "images": images}, target.with_suffix(".safetensors"))
+    names = ("auroc", "diagnostic_sensitivity", "specificity", "harmonic_mean", "balanced_accuracy")
+    arm = {"metrics": {name: 0.5 + 0.25 * seed for name in names}, "cpu_seconds": 1.0}
+    arms = {f"{p}/{k}": arm for p in ("chosen", "common") for k in ("soft", "hard")}
+    answer = {
+        "status": "done", "distill_cpu_seconds": 10.0 + seed, "cpu_seconds": 20.0, "start_rss_mb": 400,
+        "distill_peak_rss_mb": 500 + seed, "recipe": None, "from_real": False, "patients": 12, "peak_rss_mb": 600,
+        "nearest": {"train": 0.8, "held_out": 0.7 + 0.1 * seed, "gap": 0.1 - 0.1 * seed, "train_all": 0.9},
+        "networks": {"convnet": {"schedule": {"optimizer": "sgd", "epochs": 40}, "arms": arms}},
+    }
+target.write_text(json.dumps(answer))
+"""
+
+
+class StopAfterOne(Progress):
+    """Somebody presses a key when the first cell is done."""
+
+    def track(self, items, description, *, total=None, completed=0):  # type: ignore[no-untyped-def]
+        for item in items:
+            yield item
+            if description == "comparing":
+                raise KeyboardInterrupt
+
+
+def test_interrupted_resumed_and_the_table_is_the_mean_of_its_cells(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = small(seeds=[0, 1]), {"tiny": (cohort, 16)}
+    monkeypatch.setattr(processes, "_CHILD", STAND_IN.replace("SLEEP", "60"))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, data, tmp_path, jobs=2, progress=StopAfterOne())
+    assert time.monotonic() - began < 40  # the second cell was stopped, not waited for
+    finished = list((tmp_path / "cells").glob("*.json"))
+    assert len(finished) == 1
+    assert not (tmp_path / "comparison.html").exists()
+    before = finished[0].stat().st_mtime_ns
+
+    monkeypatch.setattr(processes, "_CHILD", STAND_IN.replace("SLEEP", "0"))
+    row = compare(config, data, tmp_path).rows[0]
+    assert finished[0].stat().st_mtime_ns == before
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 2
+
+    line = next(csv.DictReader((tmp_path / "comparison.csv").read_text(encoding="utf-8").splitlines()))
+    auroc = row.estimate()
+    assert auroc is not None
+    assert auroc.value == float(line["auroc_chosen_soft"]) == 0.625  # of .5 and .75
+    assert float(line["auroc_chosen_soft_sd"]) == pytest.approx(0.25 / 2**0.5, abs=1e-4)
+    drawn = [np.random.default_rng(seed).random((5, 100)) for seed in (0, 1)]
+    assert METRICS[4] == "balanced_accuracy"
+    low, high = np.percentile((drawn[0][4] + drawn[1][4]) / 2, [2.5, 97.5])
+    assert float(line["balanced_accuracy_common_hard_low"]) == pytest.approx(low, abs=1e-4)
+    assert float(line["balanced_accuracy_common_hard_high"]) == pytest.approx(high, abs=1e-4)
+    assert (row.cpu_seconds, row.peak_rss_mb) == (10.5, 501)
+    assert row.nearest["gap"] == pytest.approx(0.05)
+
+
+def test_a_failed_cell_is_told_kept_and_tried_again_on_request_only(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = small(seeds=[0, 2]), {"tiny": (cohort, 16)}
+    monkeypatch.setattr(processes, "_CHILD", STAND_IN)
+    row = compare(config, data, tmp_path).rows[0]
+    assert (row.seeds, row.failed, row.error) == (1, 1, "seed 2 fails")
+    assert "1 FAILED" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(processes, "_CHILD", "import os; os._exit(7)")
+    assert compare(config, data, tmp_path).rows[0].error == "seed 2 fails"  # not run again
+    row = compare(config, data, tmp_path, retry=True).rows[0]
+    assert (row.seeds, row.failed, row.error) == (1, 1, "The process ended with code 7.")
+
+    compare(small(seeds=[2]), data, tmp_path / "all failed")
+    page = (tmp_path / "all failed" / "comparison.html").read_text(encoding="utf-8")
+    assert "FAILED: The process ended with code 7." in page
+    table = list(
+        csv.DictReader((tmp_path / "all failed" / "comparison.csv").read_text(encoding="utf-8").splitlines())
+    )
+    assert table[0]["status"] == "FAILED"
+
+
+def test_an_impossible_request_is_answered_with_its_error(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(methods=["random"], ipc=[500])  # more than there are
+    request = plan_cells(config, {"tiny": (cohort, 16)})[0].request(config)
+    (tmp_path / "request").write_text(
+        json.dumps({**request, "cohort": str(cohort), "costs": {}}), encoding="utf-8"
+    )
+    monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / "request"), str(tmp_path / "answer.json")])
+    main()
+    answer = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
+    assert answer["status"] == "failed"
+    assert "ipc=500 needs at least 500" in answer["error"]
+
+
+def test_errors_of_others_show_no_path() -> None:
+    assert error_line(FileNotFoundError(2, "No such file", "/x/secret.npz")) == "FileNotFoundError: No such file"
+
+
+def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    values = {
+        "output": str(out),
+        "data": {"tiny": {"cohort": str(cohort), "size": 16}},
+        "methods": [{"method": "distribution_matching", "settings": {"distribution_matching": {"networks": 1}}}],
+        "ipc": [1],
+        "students": 1,
+        "draws": 100,
+        "budget_seconds": 1.0,
+    }
+    config = tmp_path / "compare.yaml"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = [sys.executable, str(PIPELINE), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    # equal time: the iterations that the probe resolved stand in the recipe and took about the budget
+    probe_file = json.loads(next((out / "probes").glob("*.json")).read_text(encoding="utf-8"))
+    answer = json.loads(next((out / "cells").glob("*.json")).read_text(encoding="utf-8"))
+    resolved = share_budget({"dm": Cost(**probe_file["cost"])}, 1.0)["dm"]
+    assert answer["recipe"]["steps"][0]["settings"]["iterations"] == resolved > 10
+    assert 0.3 < answer["distill_cpu_seconds"] < 3
+    assert 0 < answer["start_rss_mb"] <= answer["distill_peak_rss_mb"] <= answer["peak_rss_mb"]
+    assert set(answer["networks"]["convnet"]["arms"]) == {
+        "chosen/soft",
+        "chosen/hard",
+        "common/soft",
+        "common/hard",
+    }
+
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64" in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_estimate_counts_budget_and_students(cohort: Path, tmp_path: Path) -> None:
+    config = small(methods=["random", "real"], seeds=[0, 1], budget_seconds=100)
+    cells = plan_cells(config, {"tiny": (cohort, 16)})
+    guess = [estimate_seconds(cell, config) for cell in cells]
+    assert guess[0] == guess[1] > 0
+    images = 2 * (2 * 440 + 4 * 300)  # two images; choosing among three schedules, then four students
+    assert guess[0] == pytest.approx(images * 16**2 * 1.1e-6)
+    longer = small(budget_seconds=100)
+    assert estimate_seconds(plan_cells(longer, {"tiny": (cohort, 16)})[0], longer) == pytest.approx(100 + guess[0])
+
+
+# -- charts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.83, 0.96), (0.0, 1.0), (0.5, 0.5), (3.0, 7000.0)])
+def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 9
+    assert found[0] <= low
+    assert high <= found[-1]
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0])
+
+
+def test_points_on_one_another_are_drawn_side_by_side_and_names_are_escaped() -> None:
+    point = Point(x=30, y=0.9, low=0.85, high=0.95)
+    drawn = chart(
+        [Series(name="<b>", points=(point,)), Series(name="c", points=(point,))],
+        x_label="s",
+        y_label="AUROC",
+        log=True,
+    )
+    places = [float(part.split('"')[1]) for part in drawn.split("<circle ")[1:]]
+    assert abs(places[0] - places[1]) >= 9
+    assert "<b>" not in drawn
+    assert "&lt;b&gt;" in drawn
