@@ -280,6 +280,7 @@ class _Run:
             policy=self.config.audit,
             seed=derive_seed(self.config.seed, "audit"),
             folder=self.folder / "checkpoints",
+            compute=self.config.compute,
             progress=self.progress,
         )
         write_text(self.folder / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
@@ -296,6 +297,7 @@ class _Run:
             tests={split.value: self.images(split) for split in (Split.TEST, Split.HOLDOUT)},
             config=self.config.evaluate,
             seed=derive_seed(self.config.seed, "evaluate"),
+            compute=self.config.compute,
             progress=self.progress,
         )
         write_text(self.folder / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")

@@ -24,18 +24,18 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
-from sklearn.metrics import roc_auc_score
 
+import medistill
 from medistill import DistilledSet, ImageSet, MedistillError, OpenCurator, Schedule, TerminalProgress, load_cohort
 from medistill.distill import distill
 from medistill.registry import NETWORKS
-from medistill.training import Student, train_students
+from medistill.studies import keep_record, rank_agreement, train_and_keep
+from medistill.training import Student
 
 REAL = Schedule(epochs=4, learning_rate=1e-3, optimizer="adam", batch_size=64)
-QUICK = {"distribution_matching": {"networks": 2, "iterations": 20}}
+QUICK = {"distribution_matching": {"networks": 1, "iterations": 5}}
 COLUMNS = ("validation", "test", "cpu_seconds")  # AUROC on the first two
-Parts, Scores = dict[str, ImageSet], dict[str, dict[str, list[list[float]]]]  # set, architecture, seed, column
+Parts = dict[str, ImageSet]
 
 
 def architectures(quick: bool) -> dict[str, Callable[..., Any]]:
@@ -60,53 +60,20 @@ def trainings(parts: Parts, sets: dict[str, DistilledSet], seeds: int, quick: bo
     """Every architecture on every set, by a key of all that its result depends on."""
     train, work = parts["train"], {}
     judged = {judge: parts[judge].images.numpy() for judge in COLUMNS[:2]}
-    seen = hashlib.sha256(b"".join(x.numpy().tobytes() for p in parts.values() for x in (p.images, p.targets)))
-    data = {"real": (train.images, train.targets, replace(REAL, epochs=1) if quick else REAL, seen.hexdigest())}
+    seen = hashlib.sha256()
+    for tensor in (tensor for part in parts.values() for tensor in (part.images, part.targets)):
+        seen.update(tensor.numpy().tobytes())
+    made = f"{medistill.__version__} {seen.hexdigest()}"
+    data = {"real": (train.images, train.targets, None, replace(REAL, epochs=1) if quick else REAL, made)}
     for name, one in sets.items():
-        data[name] = (one.images, one.soft_labels, one.schedule, seen.hexdigest() + one.fingerprint())
+        data[name] = (one.images, one.soft_labels, one.views, one.schedule, f"{made} {one.fingerprint()}")
     jobs = product(data.items(), architectures(quick).items(), range(seeds))
-    for (name, (images, labels, schedule, made)), (network, factory), seed in jobs:
+    for (name, (images, labels, views, schedule, made)), (network, factory), seed in jobs:
         work[json.dumps([name, network, seed, asdict(schedule), made])] = Student(
-            network=factory, task=train.task, images=images.numpy(), soft_labels=labels.numpy(),
+            network=factory, task=train.task, images=images.numpy(), soft_labels=labels.numpy(), views=views,
             schedule=schedule, weights_seed=seed, order_seed=seed, apply_to=judged,
         )  # fmt: skip
     return work
-
-
-def train_all(file: Path, parts: Parts, work: dict[str, Student], show: TerminalProgress) -> Scores:
-    """AUROC and CPU seconds of every training, seed by seed; what is on file is not repeated."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    rows = dict(json.loads(line) for line in lines if line.endswith("]\n"))  # the last one may be torn
-    left = {key: student for key, student in work.items() if key not in rows}
-    file.write_text("".join(json.dumps(item) + "\n" for item in rows.items()), encoding="utf-8")
-    trained, total, done = train_students(list(left.values())), len(work), len(work) - len(left)
-    for key, one in zip(left, show.track(trained, "training", total=total, completed=done), strict=True):
-        aurocs = [roc_auc_score(parts[judge].targets, one.probabilities[judge]) for judge in COLUMNS[:2]]
-        rows[key] = [*aurocs, one.cpu_seconds]
-        with file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps([key, rows[key]]) + "\n")
-    scores: Scores = {}
-    for key in work:
-        name, network, *_ = json.loads(key)
-        scores.setdefault(name, {}).setdefault(network, []).append(rows[key])
-    return scores
-
-
-@np.errstate(invalid="ignore")  # a draw within which nothing differs has no correlation
-def compare(scores: Scores, name: str) -> dict[str, Any]:
-    """How a set ranks the architectures beside the reference (95 % bootstrap over them), and at what cost."""
-    own, _, seconds = np.mean(list(scores[name].values()), axis=1).T
-    reference, tested, slow = np.mean(list(scores["real"].values()), axis=1).T
-    drawn = np.random.default_rng(0).integers(len(own), size=(2000, len(own)))
-    both = [values[np.vstack([range(len(own)), drawn])] for values in (own, reference)]
-    ranks = (rankdata(values, axis=1) - (len(own) + 1) / 2 for values in both)
-    signs = (np.sign(values[:, None] - values[..., None]).reshape(len(values), -1) for values in both)
-    found, best = {}, own.argmax()
-    for label, (x, y) in (("spearman", ranks), ("kendall", signs)):  # both are cosines
-        cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
-        found[label] = [cosines[0], *np.nanpercentile(cosines[1:], [2.5, 97.5])]
-    found |= {"regret": tested.max() - tested[best], "cpu_seconds": seconds.sum()}
-    return {**found, "times_faster": slow.sum() / seconds.sum(), "chosen": list(scores[name])[best]}
 
 
 def main(
@@ -126,12 +93,13 @@ def main(
         run = partial(distill, OpenCurator(parts["train"]), ipc=ipc, folder=out / "checkpoints", progress=show)
         run = partial(run, validation=None if quick else parts["validation"])
         sets = small_sets(run, "distribution_matching" if quick else method, coreset, quick)
-        scores = train_all(out / "trainings.jsonl", parts, trainings(parts, sets, seeds, quick), show)
+        work, judged = trainings(parts, sets, seeds, quick), {judge: parts[judge] for judge in COLUMNS[:2]}
+        scores = train_and_keep(out / "trainings.jsonl", judged, work, show)
     except MedistillError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
-    result = {"compared": {n: compare(scores, n) for n in scores}, "columns": COLUMNS, "scores": scores}
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"compared": {n: rank_agreement(scores, n) for n in scores}, "columns": COLUMNS, "scores": scores}
+    keep_record(out / "result.json", result)
     axes = (figure := Figure(layout="constrained")).add_subplot()
     means = {name: np.mean(list(runs.values()), axis=1)[:, 0] for name, runs in scores.items()}
     axes.plot(means.pop("real"), np.transpose(list(means.values())), "o", label=list(means))

@@ -13,77 +13,16 @@ Exit codes: 0 done, 1 a cell failed (the table says so), 2 usage or input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from medistill import ConfigError, MedistillError, PhantomConfig, TerminalProgress, load_config, write_phantom
-from medistill.ingest import ingest, load_or_create_key
-from medistill.studies import (
-    ComparisonConfig,
-    compare,
-    estimate_seconds,
-    plan_cells,
-)
+from medistill import MedistillError, TerminalProgress
+from medistill.studies import ComparisonConfig, cohort_of, compare, estimate_seconds, plan_cells, read_study
 
 # What --quick changes: enough to see every step work, too little for figures that are of use.
 QUICK = {"ipc": [1], "seeds": [0], "students": 1, "budget_seconds": 5, "draws": 100, "real_epochs": 1}
-
-
-def cohort_of(name: str, section: Mapping[str, Any], folder: Path, show: TerminalProgress) -> tuple[Path, int]:
-    """The cohort of one data section: the one it names, or its source ingested; and the side length of images."""
-    unknown = set(section) - {"cohort", "size", "source", "ingest"}
-    if unknown or ("cohort" in section) == ("source" in section):
-        raise ConfigError(f"data.{name}: expected cohort and size, or source, ingest and size.")
-    size = int(section.get("size", 64))
-    if "cohort" in section:
-        return Path(section["cohort"]), size
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # The strict reader of `medistill run` reads the source too; the file says later what was ingested.
-    parts = {"source": section["source"], "ingest": {"size": size, **section.get("ingest", {})}}
-    written = yaml.safe_dump({"output": str(folder), **parts, "distill": {"size": size}}, sort_keys=False)
-    if (folder / "cohort").exists():
-        if (folder / "source.yaml").read_text(encoding="utf-8") != written:
-            raise ConfigError(f"data.{name}: another source was ingested under this name. Choose another name.")
-        return folder / "cohort", size
-    (folder / "source.yaml").write_text(written, encoding="utf-8")
-    config = load_config(folder / "source.yaml")
-    if config.source.kind == "phantom":
-        made = PhantomConfig(**config.source.model_dump(exclude={"kind"}))
-        write_phantom(folder / "phantom", made, progress=show)
-        source, labels = folder / "phantom" / "dicom", folder / "phantom" / "labels.csv"
-    else:
-        source, labels = config.source.open(config.ingest.volumes), config.source.labels
-    ingest(
-        source,
-        folder / "cohort",
-        key=load_or_create_key(folder / "cohort.key"),
-        labels=labels,
-        config=config.ingest,
-        private_notes=folder / "quarantine.private.csv",
-        progress=show,
-    )
-    return folder / "cohort", size
-
-
-def read(path: Path, *, quick: bool) -> tuple[Path, Mapping[str, Any], ComparisonConfig]:
-    """Output folder, data sections, and what is compared."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise ConfigError(f"The configuration {path.name} cannot be read as YAML.") from None
-    missing = {"output", "data", "methods"} - set(values if isinstance(values, dict) else ())
-    if missing or not isinstance(values["data"], dict) or not values["data"]:
-        raise ConfigError("The configuration needs output, data (name: section) and methods.")
-    compared = {key: value for key, value in values.items() if key not in ("output", "data")}
-    return (
-        Path(values["output"]),
-        values["data"],
-        ComparisonConfig.from_values({**compared, **(QUICK if quick else {})}),
-    )
 
 
 def main(
@@ -100,9 +39,13 @@ def main(
     """
     show = TerminalProgress()
     try:
-        folder, sections, compared = read(config, quick=quick)
+        folder, sections, values = read_study(config, "data")
+        compared = ComparisonConfig.from_values({**values, **(QUICK if quick else {})})
         folder = out or folder
-        data = {name: cohort_of(name, part, folder / "data" / name, show) for name, part in sections.items()}
+        data = {
+            name: cohort_of(f"data.{name}", section, folder / "data" / name, show)
+            for name, section in sections.items()
+        }
         if dry_run:
             cells = plan_cells(compared, data)
             seconds = [estimate_seconds(cell, compared) for cell in cells]

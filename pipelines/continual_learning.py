@@ -17,18 +17,13 @@ Exit codes: 0 done, 1 failed, 2 usage or input.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
-import yaml
-from compare_distillers import cohort_of
 
-from medistill import ConfigError, MedistillError, TerminalProgress
-from medistill.studies import ContinualConfig, learn_continually
+from medistill import MedistillError, TerminalProgress
+from medistill.studies import ContinualConfig, cohort_of, learn_continually, read_study
 
 # What --quick changes: enough to see every step work, too little for figures that are of use.
 QUICK = {
@@ -44,45 +39,6 @@ QUICK = {
 }
 
 
-def without_patients(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A section whose images come from a MedMNIST file: every image a patient of its own, volumes projected."""
-    values = dict(section)
-    if "medmnist" not in values:
-        return values
-    source, target = Path(os.path.expandvars(str(values.pop("medmnist")))), folder / "images.npz"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            with np.load(source, allow_pickle=False) as archive:
-                parts = {
-                    s: (archive[f"{s}_images"], archive[f"{s}_labels"].ravel()) for s in ("train", "val", "test")
-                }
-        except (OSError, KeyError, ValueError):
-            raise ConfigError("medmnist: expected a readable .npz of MedMNIST.") from None
-        images = np.concatenate([found for found, _ in parts.values()])
-        if images.ndim == 4 and images.shape[-1] != 3:
-            images = images.astype(np.float32).mean(1).round().astype(np.uint8)
-        labels = np.concatenate([found for _, found in parts.values()]).astype(str)
-        splits = np.repeat(list(parts), [len(found) for found, _ in parts.values()])
-        patients = np.arange(len(images)).astype(str)
-        np.savez_compressed(target, images=images, labels=labels, split=splits, patient_id=patients)
-    return {**values, "source": {"kind": "npz", "path": str(target)}}
-
-
-def read(path: Path, *, quick: bool) -> tuple[Path, Mapping[str, Any], ContinualConfig]:
-    """Output folder, sites, and what is learned."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise ConfigError(f"The configuration {path.name} cannot be read as YAML.") from None
-    if not isinstance(values, dict) or not isinstance(values.get("sites"), dict) or "output" not in values:
-        raise ConfigError("The configuration needs output and sites (name: section).")
-    learned = {key: value for key, value in values.items() if key not in ("output", "sites")}
-    if quick:
-        learned |= QUICK if learned.get("method", "auto") == "auto" else {**QUICK, "settings": {}}
-    return Path(values["output"]), values["sites"], ContinualConfig.from_values(learned)
-
-
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file, like configs/continual_learning.yaml.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the results, not the one in the file.")] = None,
@@ -95,12 +51,14 @@ def main(
     """
     show = TerminalProgress()
     try:
-        folder, sections, learned = read(config, quick=quick)
-        folder = out or folder
-        sites = {}
-        for name, section in sections.items():
-            own = folder / "data" / name
-            sites[name] = cohort_of(name, without_patients(section, own), own, show)
+        folder, sections, values = read_study(config, "sites")
+        if quick:
+            values |= QUICK if values.get("method", "auto") == "auto" else {**QUICK, "settings": {}}
+        learned, folder = ContinualConfig.from_values(values), out or folder
+        sites = {
+            name: cohort_of(f"sites.{name}", section, folder / "data" / name, show)
+            for name, section in sections.items()
+        }
         curves = learn_continually(learned, sites, folder, jobs=jobs, progress=show)
     except MedistillError as error:
         typer.echo(f"error: {error}", err=True)

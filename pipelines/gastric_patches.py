@@ -42,7 +42,7 @@ TRAIN, VALIDATION, TEST = medistill.Split.TRAIN, medistill.Split.VALIDATION, med
 QUICK: dict[str, dict[str, dict[str, Any]]] = {
     "soft_label": {"soft_label": {"iterations": 8, "unroll": 4, "batch_per_class": 8}},
     "auto": {
-        "distribution_matching": {"networks": 2, "iterations": 40},
+        "distribution_matching": {"networks": 1, "iterations": 10},
         "kernel_ridge": {"iterations": 8, "real_batch": 48, "pool": 2},
     },
 }

@@ -16,6 +16,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from medistill.ingest import IngestConfig, SplitFractions, ingest
 from medistill.registry import SOURCES
+from medistill.studies import rank_agreement
 from tests.conftest import REPOSITORY, blobs
 
 PIPELINE = REPOSITORY / "pipelines" / "architecture_ranking.py"
@@ -85,14 +86,14 @@ def test_quick_ranks_and_goes_on_where_it_stopped(
             assert resumed["scores"][name][network][0][:2] == runs[0][:2]
 
 
-def test_agreement_is_that_of_the_definitions(pipeline: ModuleType) -> None:
+def test_agreement_is_that_of_the_definitions() -> None:
     real, few = [0.90, 0.80, 0.85, 0.70, 0.60], [0.70, 0.75, 0.60, 0.65, 0.50]
     tested = [0.88, 0.81, 0.90, 0.70, 0.66]
     scores = {
         "real": {f"n{i}": [[v, t, 10.0]] for i, (v, t) in enumerate(zip(real, tested, strict=True))},
         "distilled": {f"n{i}": [[v - 0.1, 0.5, 0.5], [v + 0.1, 0.5, 1.5]] for i, v in enumerate(few)},
     }
-    found = pipeline.compare(scores, "distilled")
+    found = rank_agreement(scores, "distilled")
     signs = [np.sign((real[i] - real[j]) * (few[i] - few[j])) for i, j in combinations(range(5), 2)]
     assert found["kendall"][0] == pytest.approx(np.mean(signs))
     gaps = np.argsort(np.argsort(real)) - np.argsort(np.argsort(few))
@@ -105,13 +106,13 @@ def test_agreement_is_that_of_the_definitions(pipeline: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ties_count_as_in_scipy(pipeline: ModuleType, seed: int) -> None:
+def test_ties_count_as_in_scipy(seed: int) -> None:
     drawn = np.random.default_rng(seed).integers(5, size=(2, 9)) / 5
     scores = {
         name: {f"n{i}": [[value, 0.5, 1.0]] for i, value in enumerate(row)}
         for name, row in zip(("real", "distilled"), drawn, strict=True)
     }
-    found = pipeline.compare(scores, "distilled")
+    found = rank_agreement(scores, "distilled")
     assert found["spearman"][0] == pytest.approx(spearmanr(*drawn).statistic)
     assert found["kendall"][0] == pytest.approx(kendalltau(*drawn).statistic)
 
@@ -127,10 +128,10 @@ def test_what_is_no_cohort_is_one_line_and_exit_2(
     assert len(shown.strip().splitlines()) == 1
 
 
-def test_without_any_difference_there_is_no_interval(pipeline: ModuleType) -> None:
+def test_without_any_difference_there_is_no_interval() -> None:
     same = {f"n{i}": [[0.5, 0.5, 1.0]] for i in range(4)}
     with pytest.warns(RuntimeWarning, match="All-NaN"):
-        found = pipeline.compare({"real": same, "distilled": same}, "distilled")
+        found = rank_agreement({"real": same, "distilled": same}, "distilled")
     assert np.isnan(found["spearman"]).all()
 
 

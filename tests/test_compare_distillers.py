@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,18 +14,21 @@ import pytest
 import torch
 import yaml
 
+from medistill.core.images import ImageSet
+from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.evaluate import processes
 from medistill.evaluate.metrics import METRICS
-from medistill.ingest import IngestConfig, SplitFractions, ingest
+from medistill.ingest import IngestConfig, SplitFractions, ingest, load_cohort
 from medistill.progress import Progress
 from medistill.report.chart import Point, Series, chart, ticks
+from medistill.studies import processes
 from medistill.studies.budget import FIRST_ITERATIONS, Cost, fit_cost, probe, share_budget
 from medistill.studies.cell import budgeted, error_line, main, nearest
 from medistill.studies.comparison import ComparisonConfig, compare, estimate_seconds, plan_cells
-from tests.conftest import REPOSITORY, blobs
+from medistill.studies.sections import cohort_of
+from tests.conftest import blobs, pseudonym
+from tests.pipelines import run_pipeline
 
-PIPELINE = REPOSITORY / "pipelines" / "compare_distillers.py"
 QUICK = {"distribution_matching": {"networks": 1, "iterations": 4}}
 
 
@@ -172,6 +174,18 @@ def test_nearest_images_against_a_plain_loop() -> None:
     assert found["gap"] > 0.02  # two of four images are copies
 
 
+def test_volumes_are_compared_at_sixteen_pixels() -> None:
+    volumes = torch.rand(6, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    task = Task.single_label(("0", "1"))
+    pool = ImageSet(
+        images=volumes[:4], targets=torch.eye(2).repeat(2, 1), patients=tuple(map(pseudonym, range(4))), task=task
+    )
+    small = volumes.reshape(6, 16, 2, 16, 2, 16, 2).mean((2, 4, 6)).flatten(1).numpy()
+    found = nearest(volumes[4:], pool, pool.select([0, 1]))
+    best = [max(np.corrcoef(small[i], small[j])[0, 1] for j in range(4)) for i in (4, 5)]
+    assert found["train_all"] == pytest.approx(np.mean(best), abs=1e-5)
+
+
 # -- cells, resuming, the table ----------------------------------------------------------------------------------
 
 
@@ -266,7 +280,9 @@ def test_a_failed_cell_is_told_kept_and_tried_again_on_request_only(
     table = list(
         csv.DictReader((tmp_path / "all failed" / "comparison.csv").read_text(encoding="utf-8").splitlines())
     )
-    assert table[0]["status"] == "FAILED"
+    assert (table[0]["status"], table[0]["cpu_seconds"]) == ("FAILED", "")
+    text = (tmp_path / "all failed" / "comparison.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["rows"][0]["cpu_seconds"] is None
 
 
 def test_an_impossible_request_is_answered_with_its_error(
@@ -286,9 +302,25 @@ def test_an_impossible_request_is_answered_with_its_error(
 
 def test_errors_of_others_show_no_path() -> None:
     assert error_line(FileNotFoundError(2, "No such file", "/x/secret.npz")) == "FileNotFoundError: No such file"
+    assert error_line(ValueError("cannot read /x/secret.npz")) == "ValueError"
+    with pytest.raises(KeyError) as caught:
+        budgeted({"settings": {}})
+    assert re.fullmatch(r"KeyError in cell, line \d+", error_line(caught.value))
 
 
-def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path) -> None:
+# The process of a cell with short trainings of students.
+SHORT = """
+from medistill.core.distilled import Schedule
+from medistill.distill.schedule import choose_schedule
+from medistill.studies import cell
+choose_schedule.__kwdefaults__["candidates"] = (Schedule(epochs=5, learning_rate=0.01),)
+cell.COMMON_SCHEDULE = Schedule(epochs=6, learning_rate=0.01)
+cell.main()
+"""
+
+
+def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_CHILD", SHORT)
     out = tmp_path / "out"
     values = {
         "output": str(out),
@@ -301,9 +333,7 @@ def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path) -> None:
     }
     config = tmp_path / "compare.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    command = [sys.executable, str(PIPELINE), str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_pipeline("compare_distillers", config)
     assert done.returncode == 0, done.stdout + done.stderr
 
     # equal time: the iterations that the probe resolved stand in the recipe and took about the budget
@@ -331,10 +361,48 @@ def test_the_estimate_counts_budget_and_students(cohort: Path, tmp_path: Path) -
     cells = plan_cells(config, {"tiny": (cohort, 16)})
     guess = [estimate_seconds(cell, config) for cell in cells]
     assert guess[0] == guess[1] > 0
-    images = 2 * (2 * 440 + 4 * 300)  # two images; choosing among three schedules, then four students
+    images = 2 * (2 * 740 + 4 * 300)  # two images; choosing among four schedules, then four students
     assert guess[0] == pytest.approx(images * 16**2 * 1.1e-6)
     longer = small(budget_seconds=100)
     assert estimate_seconds(plan_cells(longer, {"tiny": (cohort, 16)})[0], longer) == pytest.approx(100 + guess[0])
+
+
+# -- sections ----------------------------------------------------------------------------------------------------
+
+
+def test_a_medmnist_file_is_ingested_once_and_another_one_is_told_from_it(tmp_path: Path) -> None:
+    def write(path: Path, seed: int) -> None:
+        made, parts = np.random.default_rng(seed), {"train": 24, "val": 8, "test": 8}
+        arrays = {f"{split}_images": made.integers(0, 255, (n, 4, 16, 16)) for split, n in parts.items()}
+        labels = {f"{split}_labels": np.arange(n)[:, None] % 2 for split, n in parts.items()}
+        np.savez(path, **{name: array.astype(np.uint8) for name, array in (arrays | labels).items()})
+
+    source, folder = tmp_path / "solid.npz", tmp_path / "data"
+    write(source, 0)
+    fractions = {"train": 0.8, "validation": 0.2, "holdout": 0.0, "test": 0.0}
+    section = {"medmnist": str(source), "size": 16, "ingest": {"burned_in": "allow", "fractions": fractions}}
+    path, size = cohort_of("sites.solid", section, folder)
+    cohort = load_cohort(path)
+    assert (len(cohort), size, len(cohort.patients)) == (40, 16, 40)
+    assert len(cohort.split("test")) == 8
+    with np.load(source) as archive:
+        projected = archive["test_images"].astype(float).mean(1).round() / 255
+    found = cohort.split("test").images(16).images[:, 0].numpy()
+    assert np.allclose(np.sort(found.mean((1, 2))), np.sort(projected.mean((1, 2))), atol=1e-4)
+    before = (path / "profile.json").stat().st_mtime_ns
+    assert cohort_of("sites.solid", section, folder) == (path, 16)
+    assert (path / "profile.json").stat().st_mtime_ns == before
+    write(source, 1)  # another file of the same name
+    with pytest.raises(ConfigError, match=r"sites\.solid: another source was ingested"):
+        cohort_of("sites.solid", section, folder)
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"cohort": "x", "source": {}}, {"cohort": "x", "sice": 3}, {"medmnist": "absent.npz"}]
+)
+def test_a_section_that_names_no_cohort_is_refused(tmp_path: Path, section: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        cohort_of("data.x", section, tmp_path)
 
 
 # -- charts ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from medistill.errors import ConfigError
-from medistill.ingest import IngestConfig, SplitFractions, ingest
+from medistill.core.cohort import Cohort, Instance, Split
+from medistill.core.task import Task
+from medistill.errors import ConfigError, DataError
+from medistill.ingest import IngestConfig, SplitFractions, ingest, load_cohort
+from medistill.studies import incremental
 from medistill.studies.continual import Cell, ContinualConfig, learn_continually
 from medistill.studies.incremental import Judge, class_groups, forgetting, join_cohorts, mean_over_seen
-from tests.conftest import REPOSITORY, blobs
+from tests.conftest import blobs, pseudonym
+from tests.pipelines import run_pipeline
 
-PIPELINE = REPOSITORY / "pipelines" / "continual_learning.py"
 QUICK = {
     "steps": [2],
     "seeds": [0, 1],
@@ -62,6 +63,40 @@ def test_cohorts_become_one_task(sites: dict[str, tuple[Path, int]]) -> None:
     bright = world.train.images.flatten(1).mean(1)
     assert bright[world.train.classes >= 2].min() > bright[world.train.classes < 2].max()
     assert not set(world.train.patients) & set(world.test.patients)
+
+
+def cohort(name: str, patients: list[str], splits: list[str], task: Task) -> Cohort:
+    """One image each, of class 0 and 1 in turn."""
+    labels = [task.class_names[i % 2] for i in range(len(patients))]
+    instances = tuple(
+        Instance(uid=f"2.25.{1 + i}", patient=patient, label=label, split=Split(split), row=i)
+        for i, (patient, label, split) in enumerate(zip(patients, labels, splits, strict=True))
+    )
+    return Cohort(instances=instances, task=task, profile={"shape": [1, 8, 8], "name": name}, store=Grey())
+
+
+class Grey:
+    """Pixels that are all alike."""
+
+    def read(self, rows: Sequence[int]) -> np.ndarray:
+        return np.full((len(rows), 1, 8, 8), 30_000, dtype=np.uint16)
+
+
+def test_a_patient_of_two_sites_is_never_trained_on_and_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, people = Task.single_label(("0", "1")), [pseudonym(i) for i in range(8)]
+    splits = ["train", "train", "test", "test"]
+    found = {
+        "a": cohort("a", people[:4], splits, two),
+        "apart": cohort("apart", people[4:], splits, two),
+        "mixed": cohort("mixed", [people[2], *people[5:8]], splits, two),
+        "joint": cohort("joint", people[4:], splits, Task.multilabel(("0", "1"))),
+    }
+    monkeypatch.setattr(incremental, "load_cohort", lambda path: found[path.name])
+    assert len(join_cohorts({name: (Path(name), 8) for name in ("a", "apart")}).test) == 4
+    with pytest.raises(DataError, match="1 patients are in the train split of one site"):
+        join_cohorts({name: (Path(name), 8) for name in ("a", "mixed")})
+    with pytest.raises(ConfigError, match=r"sites\.joint: expected plane images of one class each"):
+        join_cohorts({name: (Path(name), 8) for name in ("a", "joint")})
 
 
 def test_every_class_arrives_once_in_an_order_of_the_seed() -> None:
@@ -107,7 +142,20 @@ def test_the_judge_against_scikit_learn() -> None:
     assert torch.allclose(judge.draws()["accuracy"][0], torch.tensor(figures["accuracy"][0], dtype=torch.float64))
 
 
+def test_a_class_without_test_images_does_not_take_the_auroc_of_the_others_away() -> None:
+    test = blobs(30, per_patient=1, size=16, classes=3)
+    test = test.select([i for i, c in enumerate(test.classes.tolist()) if c != 1])
+    judge = Judge(test=test, weights=np.ones((2, len(test))))
+    judge.look(test.targets.double().numpy() + 0.1, [[0, 1, 2]])
+    assert judge.figures()["auroc"] == [1.0]
+
+
 def test_an_unknown_arm_or_setting_is_refused() -> None:
+    for what in ("steps", "seeds", "arms"):
+        once = ContinualConfig().__getattribute__(what)[0]
+        for wrong in ([], [once, once]):
+            with pytest.raises(ConfigError, match=f"{what}: expected at least one value, and each once"):
+                ContinualConfig.from_values({what: wrong})
     with pytest.raises(ConfigError, match="arms: expected some of"):
         ContinualConfig.from_values({"arms": ["distiled"]})
     with pytest.raises(ConfigError, match="rat"):
@@ -123,6 +171,9 @@ def test_resumed_without_touching_what_is_finished(
         ("distilled", (2, 4), (4, 8)),
         ("random", (2, 4), (4, 8)),
     ]
+    assert curves[0].accuracy[0].n == sum(
+        len(load_cohort(path).split("test").patients) for path, _ in sites.values()
+    )
     cells = sorted((tmp_path / "cells").glob("*.json"))
     assert len(cells) == 4
     page = (tmp_path / "continual.html").read_bytes()
@@ -179,12 +230,10 @@ def test_the_pipeline_by_its_command_line(sites: dict[str, tuple[Path, int]], tm
     }
     config = tmp_path / "continual.yaml"
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200"}
-    command = [sys.executable, str(PIPELINE), str(config), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_pipeline("continual_learning", config, "--quick")
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines()[:-1]] == ["distilled", "all", "finetune"]
     config.write_text(yaml.safe_dump({**values, "steps": [3]}), encoding="utf-8")
-    refused = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    refused = run_pipeline("continual_learning", config, "--quick")
     assert refused.returncode == 2
     assert refused.stderr.strip() == "error: 4 classes cannot arrive in 3 equal steps."

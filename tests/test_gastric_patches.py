@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from medistill import DiagnosticReport
+from medistill.core.distilled import Schedule
+from medistill.distill import runner
+from medistill.distill.schedule import choose_schedule
+from tests.conftest import REPOSITORY
+from tests.pipelines import Done, run_pipeline
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PIPELINE = REPOSITORY / "pipelines" / "gastric_patches.py"
 CONFIG = REPOSITORY / "configs" / "gastric_patches.yaml"
 SMALL = ("source.patients=30", "source.size=48", "ingest.size=48", "distill.size=16")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
-    command = [sys.executable, str(PIPELINE), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def run(*arguments: object) -> Done:
+    return run_pipeline("gastric_patches", *arguments)
 
 
 def _changes(*settings: str) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short schedule of training in place of the default and of the candidates."""
+    short = Schedule(epochs=10, learning_rate=0.02)
+    monkeypatch.setattr(runner, "DEFAULT_SCHEDULE", short)
+    monkeypatch.setitem(choose_schedule.__kwdefaults__, "candidates", (short,))
+
+
+@pytest.mark.usefixtures("quickly")
 def test_from_dicom_to_a_diagnosis_of_patients(tmp_path: Path) -> None:
     out = tmp_path / "result"
     arguments = (CONFIG, "--out", out, "--stride", 16, "--quick", *_changes(*SMALL))
@@ -70,6 +78,7 @@ def test_help_shows_an_example() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("quickly")
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     arguments = ("--stride", 16, "--quick", *_changes(*SMALL))
     first, second = tmp_path / "first", tmp_path / "second"

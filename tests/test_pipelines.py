@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from medistill import PhantomConfig, verify_release, write_phantom
+from tests.pipelines import FOLDER, Done, run_pipeline
 
-FOLDER = Path(__file__).resolve().parent.parent / "pipelines"
 PIPELINES = sorted(FOLDER.glob("*.py"))
 HOSPITAL = FOLDER / "hospital_release.py"
 VERBS = ("ingest", "distill", "audit", "evaluate", "release")
-_FURTHER = ("diagnose", "registry", "studies", "training")
-PUBLIC = {"medistill", *(f"medistill.{name}" for name in (*VERBS, *_FURTHER))}
-    "medistill",
-    *(f"medistill.{name}" for name in ("diagnose", "registry", "studies", "training")),
-    *(f"medistill.{verb}" for verb in VERBS),
-}
+FURTHER = ("diagnose", "registry", "studies", "training")
+PUBLIC = {"medistill", *(f"medistill.{name}" for name in (*VERBS, *FURTHER))}
 QUICK = ("--ipc", "1", "--size", "16", "--quick")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
-    command = [sys.executable, str(HOSPITAL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def run(*arguments: object) -> Done:
+    return run_pipeline("hospital_release", *arguments)
 
 
 @pytest.fixture(scope="module")

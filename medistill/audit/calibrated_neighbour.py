@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
-from torch.nn import functional as F
+
+from medistill.core.images import averaged
 
 Floats = NDArray[np.float64]
 _FLOOR = 1e-6
-_VOLUME_AXES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,8 @@ class CalibratedNeighbour:
         return score
 
     def _flat(self, images: Tensor) -> Floats:
-        if images.ndim == _VOLUME_AXES and images.shape[-1] > self.volume_side:
-            images = F.interpolate(images, size=(self.volume_side,) * 3, mode="area")
-        return images.flatten(1).double().numpy()
+        small = averaged(images, plane=images.shape[-1], solid=self.volume_side)
+        return small.flatten(1).double().numpy()
 
 
 def nearest_distance(points: Floats, others: Floats) -> Floats:

@@ -8,13 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
-from torch.nn import functional as F
 
-from medistill.core.images import ImageSet
+from medistill.core.images import ImageSet, averaged
 
 Floats = NDArray[np.float64]
 _NEARLY_ONE = 1 - 1e-6
-_VOLUME_AXES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +83,7 @@ class CopyAlarm:
         )
 
     def _normalised(self, images: Tensor) -> Floats:
-        side = self.volume_side if images.ndim == _VOLUME_AXES else self.side
-        if images.shape[-1] > side:
-            images = F.interpolate(images, size=(side,) * (images.ndim - 2), mode="area")
-        flat = images.flatten(1).double()
+        flat = averaged(images, plane=self.side, solid=self.volume_side).flatten(1).double()
         flat = flat - flat.mean(1, keepdim=True)
         unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
         normalised: Floats = unit.numpy()

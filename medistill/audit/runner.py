@@ -13,6 +13,7 @@ from torch import Tensor
 from medistill.audit import statistics
 from medistill.audit.calibrated_neighbour import CalibratedNeighbour
 from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift
+from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
 from medistill.core.reports import AttackOutcome, AuditReport, ControlOutcome, Estimate, Verdict
@@ -101,6 +102,7 @@ def audit(
     policy: AuditPolicy | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
     """Attack a release and the controls beside it.
@@ -116,6 +118,7 @@ def audit(
         policy: When the audit passes.
         seed: Public seed.
         folder: Where the negative control keeps its checkpoints.
+        compute: Device and precision of the negative control.
         progress: Shows how far it is.
 
     Returns:
@@ -130,7 +133,9 @@ def audit(
     progress, policy = progress or Progress(), policy or AuditPolicy()
     pool = _draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     progress.say("audit: distilling the negative control from patients who are not attacked")
-    control = run_recipe(distilled.recipe, OpenCurator(pool.rest), folder=folder, progress=progress).distilled
+    curator = OpenCurator(pool.rest)
+    done = run_recipe(distilled.recipe, curator, folder=folder, compute=compute, progress=progress)
+    control = done.distilled
     outcomes = (
         _membership(distilled.images, control.images, pool, policy, seed),
         _copies(distilled, control.images, pool, seed),

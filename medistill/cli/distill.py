@@ -101,6 +101,7 @@ def audit(
     run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
     cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Attack a distilled set, with a positive and a negative control beside every attack.
 
@@ -111,6 +112,7 @@ def audit(
     import json
 
     from medistill.audit import audit as attack
+    from medistill.core.compute import Compute
     from medistill.core.reports import Verdict
     from medistill.release.tensors import load_distilled
     from medistill.workflow import require_cohort, write_text
@@ -125,6 +127,7 @@ def audit(
         reference=real.split("validation").images(size),
         seed=seed,
         folder=run / "checkpoints",
+        compute=Compute(device=device),
         progress=progress(),
     )
     write_text(run / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
@@ -148,6 +151,7 @@ def evaluate(
         list[str] | None, typer.Option(help="See `medistill list networks`; repeatable. [default: convnet]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Compare training on the distilled set with training on real images, on patients held out.
 
@@ -170,6 +174,7 @@ def evaluate(
         tests={name: real.split(name).images(size) for name in ("test", "holdout")},
         config=EvaluationConfig(seeds=seeds, networks=tuple(network or ["convnet"])),
         seed=seed,
+        compute=Compute(device=device),
         progress=progress(),
     )
     write_text(run / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")

@@ -17,14 +17,17 @@ def train(
     out: Annotated[Path, typer.Option(help="New model folder.")],
     network: Annotated[str, typer.Option(help="See `medistill list networks`.")] = "convnet",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train a diagnostic model on a release, after verifying its seal.
 
     Example: `medistill train release --out model`
     """
+    from medistill.core.compute import Compute
     from medistill.diagnose import train_on_release
 
-    train_on_release(release, out, network=network, seed=seed, progress=progress())
+    compute = Compute(device=device)
+    train_on_release(release, out, network=network, seed=seed, compute=compute, progress=progress())
     typer.echo(f"Model in {out}")
 
 

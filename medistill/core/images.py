@@ -71,6 +71,22 @@ class ImageSet:
         return self.select([i for i, patient in enumerate(self.patients) if patient in patients])
 
 
+def averaged(images: Tensor, *, plane: int, solid: int) -> Tensor:
+    """Larger images averaged to ``plane`` pixels a side, larger volumes to ``solid``, for comparing many of them.
+
+    Args:
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``.
+        plane: Side length of images.
+        solid: Side length of volumes.
+
+    Returns:
+        The same where they are not larger.
+    """
+    axes = images.ndim - 2
+    side = solid if axes == 3 else plane
+    return interpolate(images, size=(side,) * axes, mode="area") if images.shape[-1] > side else images
+
+
 def resized(images: Tensor, size: int) -> Tensor:
     """Images or volumes at another side length, by the triangle filter along every axis.
 

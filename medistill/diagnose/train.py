@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from medistill import __version__
-from medistill.core.compute import fresh
+from medistill.core.compute import Compute, fresh
 from medistill.core.task import TaskKind
 from medistill.errors import OutputError
 from medistill.progress import Progress
@@ -22,7 +22,13 @@ from medistill.training.fit import fit, predict
 
 
 def train_on_release(
-    release: Path, out: Path, *, network: str = "convnet", seed: int = 0, progress: Progress | None = None
+    release: Path,
+    out: Path,
+    *,
+    network: str = "convnet",
+    seed: int = 0,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Train a network from scratch on a release, by the schedule and soft labels it carries.
 
@@ -31,6 +37,7 @@ def train_on_release(
         out: New folder for ``model.safetensors`` and ``model.json``.
         network: Registered network name.
         seed: Public seed of the initial weights and augmentation.
+        compute: Device and precision; the CPU by default.
         progress: Shows the epochs.
 
     Returns:
@@ -55,8 +62,10 @@ def train_on_release(
         schedule=distilled.schedule,
         seed=derive_seed(seed, "order"),
         views=distilled.views,
+        compute=compute,
         progress=progress,
     )
+    model.cpu()
     answers = predict(model, distilled.images, kind=distilled.task.kind)
     agreement = answers.argmax(1) == distilled.hard_labels
     if distilled.task.kind is TaskKind.MULTILABEL:  # an image may show several classes, or none

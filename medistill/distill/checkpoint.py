@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from medistill.core.distilled import ViewLabels
+from medistill.core.distilled import Schedule, ViewLabels
 from medistill.core.protocols import Synthetic
 from medistill.errors import OutputError
 
@@ -54,12 +56,14 @@ class FileCheckpoint:
 
 
 def pack_synthetic(result: Synthetic) -> dict[str, Tensor]:
-    """Images, labels and views, flat, for a checkpoint; the schedule is not kept."""
+    """Images, labels, views and schedule, flat, for a checkpoint."""
     packed = {"images": result.images, "soft_labels": result.soft_labels, "hard_labels": result.hard_labels}
     if result.views is not None:
         temperature = torch.tensor(result.views.temperature, dtype=torch.float64)
         packed |= {"views.boxes": result.views.boxes, "views.soft_labels": result.views.soft_labels}
         packed["views.temperature"] = temperature
+    if result.schedule is not None:
+        packed["schedule"] = torch.tensor(list(json.dumps(asdict(result.schedule)).encode()), dtype=torch.uint8)
     return packed
 
 
@@ -72,8 +76,13 @@ def unpack_synthetic(state: Mapping[str, Tensor]) -> Synthetic:
             soft_labels=state["views.soft_labels"],
             temperature=state["views.temperature"].item(),
         )
+    schedule = Schedule(**json.loads(bytes(state["schedule"].tolist()))) if "schedule" in state else None
     return Synthetic(
-        images=state["images"], soft_labels=state["soft_labels"], hard_labels=state["hard_labels"], views=views
+        images=state["images"],
+        soft_labels=state["soft_labels"],
+        hard_labels=state["hard_labels"],
+        schedule=schedule,
+        views=views,
     )
 
 

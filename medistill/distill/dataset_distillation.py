@@ -12,12 +12,12 @@ from medistill.core.distilled import Recipe, Schedule
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task
 from medistill.distill.batches import balanced_batch
+from medistill.distill.finite import check_finite
 from medistill.distill.start import check_init, initial
 from medistill.distill.unrolled import (
     Learned,
     Training,
     before_softplus,
-    check_finite,
     hypergradients,
     softplus,
 )
@@ -27,6 +27,7 @@ from medistill.seeds import derive_seed
 
 NAME = "dataset_distillation"
 _NETWORKS = ("random", "fixed")
+_REMEDY = "Lower inner_rate or rate_rate, take fewer steps or epochs, or go back through fewer of them (window)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class DatasetDistillation:
 
     Where it deviates: fewer iterations and a smaller real batch, for a CPU (published: 400 epochs of batches of
     1,024, halving every 40; that is ``iterations=24000, decay_every=2400, batch_per_class=102`` on ten classes of
-    6,000); real batches are balanced over classes, because clinical classes are not; a ConvNet with instance
+    6,000); real batches are balanced over classes, because clinical classes are not (images without any label of a
+    multilabel task are one more class); a ConvNet with instance
     normalisation instead of LeNet or AlexNet; pixels are projected to ``[0, 1]`` after each step; hypergradients
     are clipped by norm; steps are differentiated one at a time, so that memory does not grow with their number.
 
@@ -161,7 +163,7 @@ class DatasetDistillation:
                 kind=real.task.kind,
                 window=min(self.window, trained),
             )
-            check_finite(found, distiller=NAME, step=step)
+            check_finite(found.parts, distiller=NAME, step=step, remedy=_REMEDY)
             learned.descend((learned["images"], rates[:trained]), (found.images, found.rates))
             if self.decay_every and (step + 1) % self.decay_every == 0:
                 learned.halve()

@@ -13,7 +13,7 @@ from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.start import check_init, initial
-from medistill.errors import ConfigError
+from medistill.errors import ConfigError, DataError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.fit import cache_sized
@@ -132,11 +132,17 @@ def class_means(curator: Curator, network: ConvNet, compute: Compute) -> Tensor:
 
     Each patient contributes, for each class, the mean of the features of their images of that class weighted by
     the share of such images.
+
+    Raises:
+        DataError: If a class has no image.
     """
     k = curator.task.n_classes
     total = curator.sum(_embedding(network, compute))
     sums, counts = total[:-k].view(k, -1), total[-k:]
-    return sums / counts.clamp_min(1e-6)[:, None]
+    for name, count in zip(curator.task.class_names, counts.tolist(), strict=True):
+        if count <= 0:
+            raise DataError(f"Class {name!r} has no image among those to distil: expected one of every class.")
+    return sums / counts[:, None]
 
 
 def label_means(curator: Curator) -> Tensor:

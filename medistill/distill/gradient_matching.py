@@ -15,8 +15,9 @@ from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
 from medistill.distill.batches import class_batch
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
+from medistill.distill.finite import check_finite
 from medistill.distill.start import check_init, initial
-from medistill.errors import ConfigError, DataError
+from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
@@ -27,6 +28,7 @@ PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40,
 _TRAINING_BATCH = 256
 _FEW_STEPS = 200  # matching steps of a run whose number of iterations is not set
 _SEEDS = 1 << 62
+_REMEDY = "Lower network_rate, rate or inner."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ class GradientMatching:
     where :math:`A_i` is the gradient of all weights into output unit :math:`i` of a layer; biases and the scales
     of normalisation are left out. Between ``outer`` such steps the network is trained for ``inner`` epochs on the
     synthetic set. With ``siamese`` (DSA) one augmentation is drawn for each class and step and given to the real
-    and the synthetic images alike, and the network is trained on augmented images too; without it this is DC.
+    and the synthetic images alike, and the network is trained on augmented images too; without it this is DC. On
+    chest radiographs DC was the better of the two with one image per class (AUROC .900 against .795, from noise)
+    and as good with ten (.919 and .921), so it is the default.
 
     Where it deviates: the defaults are for a few minutes of one processor: 200 matching steps in all, 32 real
     images, and 5 epochs between steps where 50 are published for ten images; the start is noise for DSA too; the
@@ -51,10 +55,10 @@ class GradientMatching:
     are drawn with replacement; pixels are projected to ``[0, 1]`` after each step. Images have a standard
     deviation of about .25 here and of 1 there, so that the published step size of .1 is .1 x .25^2 here: the
     default is 16 times longer. As published: ``iterations=1000, inner=0, batch_per_class=256, rate=0.00625``,
-    ``width=128``, and ``siamese=False`` for DC or ``init="real"`` for DSA. With one image per class DC was the
-    better of the two on chest radiographs, and DSA with ten.
+    ``width=128``, and for DSA ``siamese=True, init="real"``.
 
-    In a multilabel task the real batch of a class are images that have it, with all their labels.
+    In a multilabel task the real batch of a class are images that have it, with all their labels. Images without
+    any label belong to no class and are not drawn.
 
     Args:
         iterations: Fresh networks; ``0`` are as many as make 200 matching steps.
@@ -66,7 +70,7 @@ class GradientMatching:
         rate: Step size of the images.
         momentum: Of SGD; Adam has betas 0.5 and 0.999.
         network_rate: SGD step size of the network.
-        siamese: The same augmentation for real and synthetic images.
+        siamese: The same augmentation for real and synthetic images (DSA).
         init: ``"noise"`` or ``"real"``.
         width: Width of the ConvNet.
         checkpoint_every: Iterations between checkpoints.
@@ -86,7 +90,7 @@ class GradientMatching:
     rate: float = 0.1
     momentum: float = 0.5
     network_rate: float = 0.01
-    siamese: bool = True
+    siamese: bool = False
     init: str = "noise"
     width: int = 32
     checkpoint_every: int = 5
@@ -119,7 +123,7 @@ class GradientMatching:
             initialised = self._network(curator, derive_seed(seed, "network", step))
             network.load_state_dict(initialised.state_dict())  # one module, so that it is compiled only once
             generator = torch.Generator().manual_seed(derive_seed(seed, "gradient_matching", step))
-            bench.progress.note(distance=matched.iterate(network, generator))
+            bench.progress.note(distance=matched.iterate(network, step, generator))
         return matched.result()
 
     def loops(self, ipc: int) -> tuple[int, int]:
@@ -140,7 +144,6 @@ class _Matched:
     def __init__(
         self, real: ImageSet, first: Synthetic, settings: GradientMatching, ipc: int, compute: Compute
     ) -> None:
-        _check_classes(real)
         self._real, self._first, self._settings, self._compute = real, first, settings, compute
         self._loops = settings.loops(ipc)
         self.images = compute.put(first.images.clone()).requires_grad_()
@@ -151,19 +154,20 @@ class _Matched:
         else:
             self._optimizer = torch.optim.SGD([self.images], lr=settings.rate, momentum=settings.momentum)
 
-    def iterate(self, network: nn.Module, generator: Generator) -> float:
-        """All matching steps on one fresh network, which is trained between them; the mean distance per class."""
+    def iterate(self, network: nn.Module, number: int, generator: Generator) -> float:
+        """All matching steps on fresh network ``number``, trained between them; the mean distance per class."""
         outer, inner = self._loops
         trainer = torch.optim.SGD(network.parameters(), lr=self._settings.network_rate)
         total = 0.0
         for step in range(outer):
             total += self._match(network, generator)
+            self._descend(number)
             if step + 1 < outer:
                 self._train(network, trainer, inner, generator)
         return total / outer / self._real.task.n_classes
 
     def _match(self, network: nn.Module, generator: Generator) -> float:
-        """One step of the images towards real gradients, class by class; the distance before it."""
+        """The gradient of the images towards real gradients, class by class; the distance."""
         self.images.grad, total = torch.zeros_like(self.images), 0.0
         for label in range(self._real.task.n_classes):
             rows = (self._first.hard_labels == label).nonzero().flatten().to(self.images.device)
@@ -180,10 +184,14 @@ class _Matched:
             )
             (self.images.grad[rows],) = torch.autograd.grad(distance, synthetic)
             total += distance.item()
+        return total
+
+    def _descend(self, number: int) -> None:
+        assert self.images.grad is not None
+        check_finite((self.images.grad,), distiller="gradient_matching", step=number, remedy=_REMEDY)
         self._optimizer.step()
         with torch.no_grad():
             self.images.clamp_(0.0, 1.0)
-        return total
 
     def _train(
         self, network: nn.Module, trainer: torch.optim.Optimizer, epochs: int, generator: Generator
@@ -216,12 +224,6 @@ class _Matched:
             soft_labels=self._first.soft_labels,
             hard_labels=self._first.hard_labels,
         )
-
-
-def _check_classes(real: ImageSet) -> None:
-    for label, name in enumerate(real.task.class_names):
-        if not bool((real.targets[:, label] > 0.5).any()):
-            raise DataError(f"Class {name!r} has no image; gradient matching needs at least one of every class.")
 
 
 #: Changes a batch of images without changing their number.

@@ -12,15 +12,18 @@ from medistill.core.compute import Compute, fresh
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
+from medistill.distill.batches import groups
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
+from medistill.distill.finite import check_finite
+from medistill.distill.labels import label_scores
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.fit import cache_sized
-from medistill.training.objectives import objective
+from medistill.training.objectives import objective, probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,12 @@ class KernelRidge:
         Needs raw images; nothing is proved about the result.
     """
 
-    iterations: int = 600
+    iterations: int = 1500
     rate: float = 0.02
     label_rate: float = 0.02
     real_batch: int = 384
     pool: int = 8
-    uses: int = 3
+    uses: int = 10
     advance: int = 10
     max_age: int = 150
     network_rate: float = 0.01
@@ -139,8 +142,9 @@ class _Run:
         self._match = settings.match * (1 - 1 / ipc)
         self._multilabel = real.task.kind is TaskKind.MULTILABEL
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "kernel_ridge"))
+        scores = label_scores(first.soft_labels, real.task.kind, confidence=settings.confidence)
         self.images = compute.put(first.images.clone()).requires_grad_()
-        self.scores = compute.put(self._initial_scores(first)).requires_grad_()
+        self.scores = compute.put(scores).requires_grad_()
         groups = [
             {"params": [self.images], "lr": settings.rate},
             {"params": [self.scores], "lr": settings.label_rate},
@@ -150,15 +154,8 @@ class _Run:
         self._members: list[_Member | None] = [None] * settings.pool
         self._made = 0
 
-    def _initial_scores(self, first: Synthetic) -> Tensor:
-        """Scores of the soft labels kept away from 0 and 1 by the confidence."""
-        confidence, k = self._settings.confidence, self._classes
-        other = (1 - confidence) / (1 if self._multilabel else k - 1)
-        labels = other + (confidence - other) * first.soft_labels
-        return labels.logit() if self._multilabel else labels.log()
-
     def _soft_labels(self, scores: Tensor) -> Tensor:
-        return scores.sigmoid() if self._multilabel else scores.softmax(1)
+        return probabilities(self._real.task.kind, scores)
 
     def _centred(self, labels: Tensor) -> Tensor:
         return labels - (0.5 if self._multilabel else 1 / self._classes)
@@ -181,6 +178,7 @@ class _Run:
         member = self._member(step % settings.pool)
         member.used += 1
         loss = self._loss(member)
+        check_finite([loss], distiller="kernel_ridge", step=step, remedy="Lower rate, or raise ridge.")
         self._adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._adam.step()
@@ -199,7 +197,9 @@ class _Run:
         loss = (predicted - member.target).square().mean()
         if self._match:
             k, d = self._classes, features.shape[1]
-            gap = features.view(k, self._ipc, d).mean(1) - member.real.view(k, -1, d).mean(1)
+            gap = features.view(k, self._ipc, d).mean(1) - member.real[: k * self._per_class].view(k, -1, d).mean(
+                1
+            )
             spread = (member.real - member.real.mean(0)).square().sum(1).mean()
             loss = loss + self._match * gap.square().sum(1).mean() / spread
         return loss
@@ -245,10 +245,12 @@ class _Run:
 
     @torch.no_grad()
     def _look(self, network: ConvNet) -> tuple[Tensor, Tensor]:
-        """Features ``(k * per_class, d)`` and centred targets of a fresh, augmented batch, class after class."""
+        """Features and centred targets of a fresh, augmented batch: ``per_class`` images of every class in turn.
+
+        Of a multilabel task as many without any label follow, where there are such.
+        """
         rows = []
-        for label in range(self._classes):
-            members = (self._real.targets[:, label] > 0.5).nonzero().flatten()
+        for members in groups(self._real):
             if len(members) >= self._per_class:
                 drawn = torch.randperm(len(members), generator=self._generator)[: self._per_class]
             else:

@@ -38,6 +38,7 @@ from medistill.seeds import derive_seed
 
 #: Times that every distiller's images are looked at.
 LOOKS = 5
+_MOST_FOR_RIDGE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +62,38 @@ class Distillation:
     snapshots: Mapping[str, Tensor]
 
 
-def resolve_method(method: str, task: Task, ipc: int) -> Method:
+def resolve_method(method: str, task: Task, ipc: int, *, private: bool = False) -> Method:
     """Distillers behind a method name: ``auto``, one name, or several joined by ``+``.
+
+    Args:
+        method: ``"auto"`` chooses by the size of the release and by privacy.
+        task: Gives the number of classes.
+        ipc: Images per class.
+        private: Whether the curator answers with sums over patients only.
 
     Raises:
         ConfigError: If a name is unknown.
     """
     if method == "auto":
-        return Method(
-            distillers=("distribution_matching", "kernel_ridge"),
-            why="distribution matching from noise, refined by ridge regression with soft labels, was the best "
-            f"noise-start method measured at small budgets ({task.n_classes} classes, ipc {ipc}).",
-        )
+        return _automatic(ipc * task.n_classes, private=private)
     names = tuple(name.strip() for name in method.split("+"))
     for name in names:
         DISTILLERS.load(name)
     return Method(distillers=names, why="chosen by the user.")
+
+
+def _automatic(images: int, *, private: bool) -> Method:
+    if private:
+        why = "of the methods that only ask for sums over patients, it needs the fewest."
+        return Method(distillers=("distribution_matching",), why=why)
+    if images > _MOST_FOR_RIDGE:
+        why = f"ridge regression solves for all images at once, which takes long for {images} of them."
+        return Method(distillers=("distribution_matching",), why=why)
+    why = (
+        "distribution matching from noise, refined by ridge regression with soft labels, was never beaten by more "
+        f"than noise at small budgets (README, what it reaches); {images} images are few enough for it."
+    )
+    return Method(distillers=("distribution_matching", "kernel_ridge"), why=why)
 
 
 def make_distiller(name: str, settings: Mapping[str, Any]) -> Distiller:
@@ -197,6 +214,7 @@ def run_recipe(
     progress, compute = progress or Progress(), compute or Compute()
     result: Synthetic | None = None
     snapshots = _noise_start(recipe, curator)
+    kept = _Kept.of(folder, recipe, *((curator.images(), validation) if folder else ()))
     for position, step in enumerate(recipe.steps):
         watch = ValidationWatch(
             distiller=step.distiller,
@@ -206,11 +224,11 @@ def run_recipe(
             looks=looks,
             patience=patience,
             compute=compute,
-            kept=_checkpoint(folder, recipe, f"{position}-looks", curator),
+            kept=kept.checkpoint(f"{position}-looks"),
             progress=progress,
             observer=observer,
         )
-        checkpoint = _checkpoint(folder, recipe, str(position), curator)
+        checkpoint = kept.checkpoint(str(position))
         bench = Workbench(compute=compute, progress=progress, checkpoint=checkpoint, watch=watch)
         distiller = make_distiller(step.distiller, step.settings)
         result = _run_step(distiller, curator, recipe=recipe, position=position, start=result, bench=bench)
@@ -247,15 +265,25 @@ def _check_sections(settings: Mapping[str, Any], names: tuple[str, ...]) -> None
             )
 
 
-def _checkpoint(folder: Path | None, recipe: Recipe, position: str, curator: Curator) -> Checkpoint:
-    """A checkpoint whose name carries the recipe and the data, so that other work is never taken up."""
-    if folder is None:
-        return NoCheckpoint()
-    images = curator.images()
-    digest = hashlib.sha256(recipe.fingerprint().encode())
-    digest.update(images.images.numpy().tobytes())
-    digest.update(images.targets.numpy().tobytes())
-    return FileCheckpoint(folder / f"{digest.hexdigest()[:12]}-{position}.safetensors")
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """Checkpoints whose names carry the recipe and the data, so that other work is never taken up."""
+
+    folder: Path | None
+    digest: str
+
+    @classmethod
+    def of(cls, folder: Path | None, recipe: Recipe, *parts: ImageSet | None) -> _Kept:
+        digest = hashlib.sha256(recipe.fingerprint().encode())
+        for part in parts:
+            if part is not None:
+                digest.update(part.images.contiguous().numpy().data)
+                digest.update(part.targets.numpy().tobytes())
+                digest.update("\n".join(part.patients).encode())
+        return cls(folder=folder, digest=digest.hexdigest()[:12])
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        return FileCheckpoint(self.folder / f"{self.digest}-{name}.safetensors") if self.folder else NoCheckpoint()
 
 
 def _noise_start(recipe: Recipe, curator: Curator) -> dict[str, Tensor]:
@@ -280,6 +308,5 @@ def _run_step(
         return unpack_synthetic(state)
     seed = derive_seed(recipe.seed, "distill", position)
     result = distiller.distill(curator, ipc=recipe.ipc, seed=seed, start=start, bench=bench)
-    if result.schedule is None:
-        bench.checkpoint.save({"finished": torch.tensor(1), **pack_synthetic(result)})
+    bench.checkpoint.save({"finished": torch.tensor(1), **pack_synthetic(result)})
     return result

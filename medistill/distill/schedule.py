@@ -28,11 +28,12 @@ CANDIDATES = (
     Schedule(epochs=100, learning_rate=0.01),
     DEFAULT_SCHEDULE,
     Schedule(epochs=300, learning_rate=0.03, weight_decay=0.01),
+    Schedule(epochs=1000, learning_rate=0.03, weight_decay=0.01),
 )
 _MOST_IMAGES = 600
 _COPIES = 3
-#: Pixels a candidate passes through a student, above which one student a candidate must do.
-_LONG = 2e6
+#: Pixels a candidate passes through a student: above the first, one student must do; above the second, none is.
+_LONG, _TOO_LONG = 2e6, 1e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,11 @@ def choose_schedule(
     Privacy:
         Reads non-released data of validation patients; refused under differential privacy by the caller.
     """
-    everything = tuple(candidates) + ((synthetic.schedule,) if synthetic.schedule else ())
+    pixels = synthetic.images.numel()
+    affordable = [c for c in candidates if pixels * c.epochs <= _TOO_LONG] or [min(candidates, key=_epochs)]
+    everything = (*affordable, *((synthetic.schedule,) if synthetic.schedule else ()))
     part = _varied(_part(validation, seed), seed)
-    students = students or (1 if synthetic.images.numel() * DEFAULT_SCHEDULE.epochs > _LONG else 2)
+    students = students or (1 if pixels * DEFAULT_SCHEDULE.epochs > _LONG else 2)
     jobs = [(schedule, student) for schedule in everything for student in range(students)]
     work = [
         Student(
@@ -97,6 +100,10 @@ def choose_schedule(
         scores[schedule] += _auroc(part, result.probabilities["validation"]) / students
     ranked = sorted(everything, key=lambda schedule: -scores[schedule])
     return tuple(ScheduleScore(schedule=schedule, auroc=scores[schedule]) for schedule in ranked)
+
+
+def _epochs(schedule: Schedule) -> int:
+    return schedule.epochs
 
 
 def _part(validation: ImageSet, seed: int) -> ImageSet:

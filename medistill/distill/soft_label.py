@@ -11,12 +11,13 @@ from medistill.core.distilled import Schedule
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import TaskKind
 from medistill.distill.batches import balanced_batch
+from medistill.distill.finite import check_finite
+from medistill.distill.labels import label_scores
 from medistill.distill.start import check_init, initial
 from medistill.distill.unrolled import (
     Learned,
     Training,
     before_softplus,
-    check_finite,
     hypergradients,
     softplus,
 )
@@ -25,6 +26,9 @@ from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.objectives import probabilities
+
+_CONFIDENCE = 0.98  #: of a label of 1 to begin with
+_REMEDY = "Lower inner_rate or rate_rate, or unroll fewer steps."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,13 @@ class SoftLabel:
     .. math:: \theta_{i+1} = \theta_i - \tilde\eta \nabla_\theta \ell(\tilde x, \tilde y; \theta_i),
 
     and :math:`(\tilde x, \tilde y, \tilde\eta)` descend the loss of real images at the last weights,
-    :math:`\mathcal L = \ell(x, y; \theta_n)`, back-propagated through all steps. Labels start one-hot and the
-    images from noise.
+    :math:`\mathcal L = \ell(x, y; \theta_n)`, back-propagated through all steps. Labels start at 98 % one-hot
+    and the images from noise.
 
     Where it deviates: labels are a softmax of learned scores (a sigmoid each for multilabel tasks), so that they
     stay probabilities; the step size is a softplus of a learned number (as in Wang et al.); real batches are
-    balanced over classes, because clinical classes are not, and augmented; a ConvNet with instance normalisation
+    balanced over classes, because clinical classes are not (images without any label of a multilabel task are one
+    more class), and augmented; a ConvNet with instance normalisation
     instead of a deeper network; pixels are projected to ``[0, 1]`` after each step; hypergradients are clipped by
     norm; steps are differentiated one at a time, so that memory does not grow with their number.
 
@@ -83,8 +88,13 @@ class SoftLabel:
 
     def __post_init__(self) -> None:
         check_init(self.init)
-        if self.iterations < 1 or self.unroll < 1 or self.batch_per_class < 1:
-            raise ConfigError("Expected iterations, unroll and batch_per_class >= 1.")
+        counts = (self.iterations, self.unroll, self.batch_per_class, self.width, self.checkpoint_every)
+        rates = (self.image_rate, self.label_rate, self.rate_rate, self.inner_rate, self.clip)
+        if min(counts) < 1 or self.decay_every < 0 or min(rates) <= 0:
+            raise ConfigError(
+                "Expected iterations, unroll, batch_per_class, width and checkpoint_every >= 1, decay_every >= 0, "
+                "and step sizes, inner_rate and clip > 0."
+            )
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
@@ -92,8 +102,8 @@ class SoftLabel:
         """Run the outer loop; resumes from the checkpoint with the same bits."""
         real, first = curator.images(), initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
         generator = torch.Generator().manual_seed(derive_seed(seed, "soft_label"))
-        learned = self._learned(first, bench)
         kind, batches = curator.task.kind, [bench.compute.put(torch.arange(len(first.images)))] * self.unroll
+        learned = self._learned(first, kind, bench)
         done = learned.restore(bench.checkpoint.load(), generator)
         for step in bench.steps(
             done,
@@ -119,17 +129,17 @@ class SoftLabel:
                 targets,
                 kind=kind,
             )
-            check_finite(found, distiller="soft_label", step=step)
+            check_finite(found.parts, distiller="soft_label", step=step, remedy=_REMEDY)
             learned.descend((learned["images"], labels, rates), (found.images, found.soft_labels, found.rates))
             if self.decay_every and (step + 1) % self.decay_every == 0:
                 learned.halve()
             bench.progress.note(loss=found.loss.item(), rate=rates[0].item())
         return self._result(learned, first, kind)
 
-    def _learned(self, first: Synthetic, bench: Workbench) -> Learned:
+    def _learned(self, first: Synthetic, kind: TaskKind, bench: Workbench) -> Learned:
         start = {
             "images": first.images,
-            "scores": 4.0 * (first.soft_labels - 0.5),
+            "scores": label_scores(first.soft_labels, kind, confidence=_CONFIDENCE),
             "raw_rate": torch.tensor(before_softplus(self.inner_rate)),
         }
         return Learned(

@@ -10,33 +10,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from medistill.core.compute import Compute, fresh
+from medistill.core.compute import Compute
 from medistill.core.distilled import ViewLabels
-from medistill.core.images import ImageSet
-from medistill.core.protocols import Checkpoint, Curator, NetworkFactory, Synthetic, Workbench
-from medistill.core.task import Task, TaskKind
-from medistill.distill.batches import balanced_batch
+from medistill.core.protocols import Checkpoint, Curator, Synthetic, Workbench
+from medistill.core.task import TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
-from medistill.distill.norm_statistics import (
-    average_from_now_on,
-    has_norms,
-    statistics_distance,
-    with_matched_norms,
-)
+from medistill.distill.finite import check_finite
+from medistill.distill.norm_statistics import statistics_distance, with_matched_norms
+from medistill.distill.squeeze import Squeeze, squeeze, squeezed_state
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError
 from medistill.parallel import parallel_map, worth_processes
 from medistill.registry import NETWORKS
 from medistill.seeds import derive_seed
-from medistill.training.augment import augment
 from medistill.training.objectives import objective, probabilities
-from medistill.training.views import crop, random_boxes
+from medistill.training.views import crop, mirrored, random_boxes
 
 #: Pixels are in [0, 1]; networks divide by this, so a step in their inputs is so much smaller in pixels.
 PIXEL_DEVIATION = 0.25
-#: Below this side the automatic teacher is a ConvNet.
-_SMALL = 64
 #: A look at images that are not finished labels so many views.
 _VIEWS_OF_A_LOOK = 10
 
@@ -139,107 +131,23 @@ class SRe2L:
         """Squeeze with the curator; recover and relabel without. Resumes with the same bits."""
         first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
         kind, seed = curator.task.kind, derive_seed(seed, "sre2l")
-        teacher = squeeze(curator, settings=self, seed=seed, bench=bench)
-        squeezed = {"epochs": torch.tensor(self.epochs), **_packed(teacher)}
-        bench = replace(bench, checkpoint=_Beside(bench.checkpoint, squeezed))
+        teacher = squeeze(curator, settings=self.squeeze(), seed=seed, bench=bench)
+        bench = replace(bench, checkpoint=_Beside(bench.checkpoint, squeezed_state(teacher, self.epochs)))
         images = recover(teacher, first, kind=kind, settings=self, seed=seed, bench=bench)
         return labelled(teacher, images, first.hard_labels, kind=kind, settings=self, seed=seed, bench=bench)
 
-
-# -- squeeze ---------------------------------------------------------------------------------------------------
-
-
-def squeeze(curator: Curator, *, settings: SRe2L, seed: int, bench: Workbench) -> nn.Module:
-    """Train the teacher on random crops of the real images, equally many of every class in a batch.
-
-    Args:
-        curator: Gives the images; the only door through which the data comes.
-        settings: Architecture and training of the teacher.
-        seed: Public seed.
-        bench: Device, progress and checkpoint; a checkpoint is kept after every epoch.
-
-    Returns:
-        The teacher, frozen and in evaluation mode, on the device.
-
-    Raises:
-        ConfigError: If the network has no BatchNorm layer.
-    """
-    run = _Squeeze(curator, settings, seed=seed, compute=bench.compute)
-    done = run.restore(bench.checkpoint.load() or {})
-    epochs = range(done, settings.epochs)
-    for epoch in bench.progress.track(epochs, "squeezing", total=settings.epochs, completed=done):
-        bench.progress.note(loss=run.epoch(epoch, curator.images()))
-        bench.checkpoint.save(run.state(epoch + 1))
-    return run.teacher.requires_grad_(False).eval()
-
-
-class _Squeeze:
-    """The teacher with what its training needs."""
-
-    def __init__(self, curator: Curator, settings: SRe2L, *, seed: int, compute: Compute) -> None:
-        teacher = fresh(_factory(settings), curator.task, curator.image_shape, derive_seed(seed, "teacher"))
-        if not has_norms(teacher):
-            raise ConfigError(f"Expected a teacher with BatchNorm layers; {settings.teacher!r} has none.")
-        self.teacher = teacher.to(compute.device)
-        self._settings, self._compute = settings, compute
-        self._adam = torch.optim.Adam(teacher.parameters(), lr=settings.teacher_rate)
-        self._generator = torch.Generator().manual_seed(derive_seed(seed, "squeeze"))
-
-    def epoch(self, epoch: int, real: ImageSet) -> float:
-        per_class = max(1, self._settings.teacher_batch // real.task.n_classes)
-        steps = math.ceil(len(real) / (per_class * real.task.n_classes))
-        total = 0.0
-        self.teacher.train()
-        if epoch == self._settings.epochs - 1:
-            average_from_now_on(self.teacher)
-        for step in range(steps):
-            done = (epoch + step / steps) / self._settings.epochs
-            self._adam.param_groups[0]["lr"] = self._settings.teacher_rate * cosine(done, floor=0.0)
-            images, targets = map(self._compute.put, balanced_batch(real, per_class, self._generator))
-            with self._compute.autocast():
-                loss = objective(real.task.kind, self.teacher(self._changed(images)), targets)
-            self._adam.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._adam.step()
-            total += loss.item() / steps
-        return total
-
-    def _changed(self, images: Tensor) -> Tensor:
-        boxes = random_boxes(len(images), images.ndim - 2, self._generator, smallest=self._settings.crop)
-        changed = augment(crop(images, boxes), self._generator)
-        return _mirrored(changed, self._generator) if self._settings.mirror else changed
-
-    def state(self, epochs: int) -> dict[str, Tensor]:
-        counted = {"epochs": torch.tensor(epochs), "generator": self._generator.get_state()}
-        return {**counted, **_packed(self.teacher), **pack_optimizer(self._adam, "adam")}
-
-    def restore(self, kept: Mapping[str, Tensor]) -> int:
-        if not kept:
-            return 0
-        prefix = "teacher."
-        self.teacher.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
+    def squeeze(self) -> Squeeze:
+        """The settings of the teacher."""
+        return Squeeze(
+            network=self.teacher,
+            width=self.width,
+            depth=self.depth,
+            epochs=self.epochs,
+            rate=self.teacher_rate,
+            batch=self.teacher_batch,
+            crop=self.crop,
+            mirror=self.mirror,
         )
-        if "generator" in kept:
-            self._generator.set_state(kept["generator"])
-            unpack_optimizer(self._adam, kept, "adam")
-        return int(kept["epochs"])
-
-
-def _factory(settings: SRe2L) -> NetworkFactory:
-    def factory(task: Task, image_shape: tuple[int, ...]) -> nn.Module:
-        name = settings.teacher
-        if name == "auto":
-            name = "convnet" if min(image_shape[1:]) < _SMALL else "resnet"
-        chosen = {"width": settings.width} if settings.width else {}
-        network: nn.Module = NETWORKS.load(name)(task, image_shape, depth=settings.depth, norm="batch", **chosen)
-        return network
-
-    return factory
-
-
-def _packed(teacher: nn.Module) -> dict[str, Tensor]:
-    return {f"teacher.{name}": value for name, value in teacher.state_dict().items()}
 
 
 class _Beside:
@@ -401,6 +309,7 @@ class _Recovery:
             logits = self._network(self._changed(smallest_crop(done, settings)))
             loss = objective(self._job.kind, logits.float(), self._targets)
         loss = loss + settings.bn_weight * statistics_distance(self._network, first_weight=settings.first_weight)
+        check_finite((loss,), distiller="sre2l", step=step, remedy="Lower rate, bn_weight or first_weight.")
         self._adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._adam.step()
@@ -414,7 +323,7 @@ class _Recovery:
         boxes = random_boxes(len(images), images.ndim - 2, generator, smallest=smallest)
         changed = crop(images, boxes)
         if settings.mirror:
-            changed = _mirrored(changed, generator)
+            changed = mirrored(changed, generator)
         return _rolled(changed, settings.roll, generator)
 
     def result(self) -> Tensor:
@@ -439,11 +348,6 @@ def smallest_crop(done: float, settings: SRe2L) -> float:
     if done >= settings.curriculum:
         return settings.crop
     return settings.crop + (1 - settings.crop) * cosine(done / settings.curriculum, floor=0.0)
-
-
-def _mirrored(images: Tensor, generator: Generator) -> Tensor:
-    turned = torch.rand(len(images), *(1,) * (images.ndim - 1), generator=generator) < 0.5
-    return torch.where(turned.to(images.device), images.flip(-1), images)
 
 
 def _rolled(images: Tensor, share: float, generator: Generator) -> Tensor:

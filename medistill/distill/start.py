@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic
-from medistill.core.task import TaskKind
+from medistill.distill.batches import has_label
 from medistill.errors import ConfigError, DataError
 
 INITS = ("noise", "real")
@@ -92,7 +92,7 @@ def choose_images(images: ImageSet, *, ipc: int, seed: int, picker: Callable[[Te
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     numbers = {patient: number for number, patient in enumerate(images.unique_patients)}
     patients = torch.tensor([numbers[patient] for patient in images.patients])
-    members = [order[_labelled(images, label)[order]] for label in range(images.task.n_classes)]
+    members = [order[has_label(images, label)[order]] for label in range(images.task.n_classes)]
     for name, found in zip(images.task.class_names, members, strict=True):
         if len(found) < ipc:
             raise DataError(f"Class {name!r} has {len(found)} images; ipc={ipc} needs at least {ipc}.")
@@ -104,13 +104,6 @@ def choose_images(images: ImageSet, *, ipc: int, seed: int, picker: Callable[[Te
         chosen[label] = offered[picked].tolist()
         taken[chosen[label]] = True
     return [position for label in range(len(members)) for position in chosen[label]]
-
-
-def _labelled(images: ImageSet, label: int) -> Tensor:
-    """Which images have a label, shape ``(n,)``."""
-    if images.task.kind is TaskKind.MULTILABEL:
-        return images.targets[:, label] > 0.5
-    return images.classes == label
 
 
 def _pick(taken: Tensor, patients: Tensor, ipc: int, pick: Pick) -> list[int]:

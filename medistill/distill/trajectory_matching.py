@@ -13,18 +13,22 @@ from medistill.core.compute import Compute
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import TaskKind
+from medistill.distill.batches import groups
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.experts import architecture, teacher_labels, train_experts, unflattened
+from medistill.distill.finite import check_finite
+from medistill.distill.labels import label_scores
 from medistill.distill.start import check_init, initial
 from medistill.distill.unrolled import Parameters, descended
-from medistill.errors import ConfigError, DataError
+from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.objectives import probabilities
 
 MEMORIES = ("recomputed", "constant", "unrolled")
+_REMEDY = "Lower student_rate, rate_rate, student_steps or expert_rate."
 
 #: One step of a student: from its parameters, and whether what follows is to be differentiated, to the next ones.
 StudentStep = Callable[[Parameters, bool], dict[str, Tensor]]
@@ -134,6 +138,7 @@ class TrajectoryMatching:
     ) -> Synthetic:
         """Train the experts, then match stretches of their trajectories; resumes with the same bits."""
         real, kept = curator.images(), bench.checkpoint.load() or {}
+        groups(real)  # refuses a class without images
         experts = self._experts(real, seed, kept, bench)
         network = architecture(real.task, curator.image_shape, width=self.width, seed=seed)
         network.to(bench.compute.device)
@@ -187,7 +192,8 @@ class _Run:
         self._kind, self._compute = kind, compute
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "trajectory_matching"))
         self.images = compute.put(first.images.clone()).requires_grad_()
-        self.scores = compute.put(_scores(first.soft_labels, kind, settings.confidence)).requires_grad_()
+        scores = label_scores(first.soft_labels, kind, confidence=settings.confidence)
+        self.scores = compute.put(scores).requires_grad_()
         self.log_rate = compute.put(torch.tensor(math.log(settings.student_rate))).requires_grad_()
         self._rates = {self.images: settings.image_rate, self.log_rate: settings.rate_rate}
         if settings.soft_labels:
@@ -215,7 +221,8 @@ class _Run:
         ends = (self._compute.put(rows[epoch]) for epoch in (begin, begin + settings.expert_span))
         start, target = (unflattened(self._network, row) for row in ends)
         loss, gradients = hypergradients(self._student_steps(), start, target, learned, memory=settings.memory)
-        _check_finite(loss, gradients, step)
+        parts = (torch.tensor(loss), *gradients)
+        check_finite(parts, distiller="trajectory_matching", step=step, remedy=_REMEDY)
         decay = cosine(step / settings.iterations, floor=0.05)
         for group, rate in zip(self._adam.param_groups, self._rates.values(), strict=True):
             group["lr"] = rate * decay
@@ -320,23 +327,6 @@ def hypergradients(
 
 def _leaves(parameters: Parameters) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
-
-
-def _check_finite(loss: float, gradients: Sequence[Tensor], step: int) -> None:
-    if math.isfinite(loss) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-        return
-    raise DataError(
-        f"trajectory_matching diverged at step {step}: expected a finite loss and gradients, found others. "
-        "Lower student_rate, rate_rate or student_steps."
-    )
-
-
-def _scores(soft_labels: Tensor, kind: TaskKind, confidence: float) -> Tensor:
-    """Scores of the soft labels kept away from 0 and 1 by the confidence."""
-    multilabel = kind is TaskKind.MULTILABEL
-    other = (1 - confidence) / (1 if multilabel else soft_labels.shape[1] - 1)
-    labels = other + (confidence - other) * soft_labels
-    return labels.logit() if multilabel else labels.log()
 
 
 def _name(number: int) -> str:

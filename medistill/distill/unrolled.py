@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from medistill.core.task import TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
-from medistill.errors import DataError
 from medistill.training.objectives import objective
 
 Parameters = Mapping[str, Tensor]
@@ -73,6 +72,11 @@ class Hypergradients:
     images: Tensor
     soft_labels: Tensor
     rates: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.loss, self.images, self.soft_labels, self.rates
 
 
 def hypergradients(
@@ -219,21 +223,6 @@ class Learned:
         self.halve(int(state["halvings"]))
         generator.set_state(state["generator"])
         return int(state["step"])
-
-
-def check_finite(found: Hypergradients, *, distiller: str, step: int) -> None:
-    """Stop a distillation whose inner training has diverged, before it spoils what was learned.
-
-    Raises:
-        DataError: If the loss or a gradient is not finite.
-    """
-    parts = (found.loss, found.images, found.soft_labels, found.rates)
-    if all(bool(torch.isfinite(part).all()) for part in parts):
-        return
-    raise DataError(
-        f"{distiller} diverged at step {step}: expected a finite loss and hypergradients, found others. "
-        "Lower inner_rate or rate_rate, train fewer inner steps, or go back through fewer of them (window)."
-    )
 
 
 def before_softplus(rate: float) -> float:

@@ -105,7 +105,7 @@ class ValidationWatch:
         if not self._stopped or self._best is None:
             return last
         self.progress.say(f"{self.distiller}: stopped early; the images of step {self._best_step} are the best.")
-        return replace(last, **{name: getattr(self._best, name) for name in ("images", "soft_labels", "views")})
+        return self._best
 
     @property
     def _stopped(self) -> bool:

@@ -82,9 +82,9 @@ def task_metrics(
         thresholds: From :func:`operating_points`.
 
     Returns:
-        Metric name to shape ``(b,)``, as :func:`diagnostic_metrics`; for a multilabel task every metric is the
-        mean over classes, each of them a task of two classes. A class that all images show, or none, does not
-        count.
+        Metric name to shape ``(b,)``, as :func:`diagnostic_metrics`; for a multilabel task means
+        over classes, each of them a task of two classes, and the harmonic mean of these means. A class that all
+        images show, or none, does not count.
     """
     if kind is not TaskKind.MULTILABEL:
         cut = thresholds[0] if thresholds else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from medistill.core.distilled import DistilledSet, Schedule
+from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Synthetic
 from medistill.core.reports import ArmResult, DiagnosticReport
@@ -106,6 +106,7 @@ class _Arm:
     soft_labels: Tensor
     schedule: Schedule
     number: int
+    views: ViewLabels | None = None
 
 
 def evaluate_patients(
@@ -147,7 +148,7 @@ def evaluate_patients(
         DataError: If a patient is in two splits.
     """
     progress = progress or Progress()
-    _check_apart(train, validation.patches, test.patches)
+    _check_apart(train.patients, (*choose_on.patients, *validation.patches.patients), test.patches.patients)
     arms = list(_arms(distilled, train, choose_on, seeds, random_draws, real_epochs, seed, progress))
     apply_to = {"validation": validation.patches.images.numpy(), "test": test.patches.images.numpy()}
     students = [
@@ -160,6 +161,7 @@ def evaluate_patients(
             weights_seed=derive_seed(seed, "student", arm.name, arm.number),
             order_seed=derive_seed(seed, "order", arm.name, arm.number),
             apply_to=apply_to,
+            views=arm.views,
         )
         for arm in arms
     ]
@@ -180,8 +182,8 @@ def evaluate_patients(
     return DiagnosticReport(arms=results, class_names=train.task.class_names, release=fingerprint)
 
 
-def _check_apart(*splits: ImageSet) -> None:
-    patients = [set(split.patients) for split in splits]
+def _check_apart(*splits: Sequence[str]) -> None:
+    patients = [set(split) for split in splits]
     if sum(map(len, patients)) != len(set().union(*patients)):
         raise DataError("Expected every patient in one of train, validation and test; found one in two.")
 
@@ -201,9 +203,16 @@ def _arms(
         yield _Arm(name="real", images=train.images, soft_labels=train.targets, schedule=schedule, number=number)
     for name, made in distilled.items():
         hard = F.one_hot(made.hard_labels, made.task.n_classes).float()
-        for arm, labels in ((name, made.soft_labels), (f"{name}_hard", hard)):
+        for arm, labels, views in ((name, made.soft_labels, made.views), (f"{name}_hard", hard, None)):
             for number in range(seeds):
-                yield _Arm(name=arm, images=made.images, soft_labels=labels, schedule=made.schedule, number=number)
+                yield _Arm(
+                    name=arm,
+                    images=made.images,
+                    soft_labels=labels,
+                    schedule=made.schedule,
+                    number=number,
+                    views=views,
+                )
     ipc = max(made.ipc for made in distilled.values())
     for number in range(random_draws):
         chosen = random_images(train, ipc=ipc, seed=derive_seed(seed, "random", number))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
 from medistill.core.images import ImageSet
 from medistill.core.reports import ArmResult, DiagnosticReport, Estimate
@@ -84,6 +85,7 @@ def evaluate(
     tests: Mapping[str, ImageSet],
     config: EvaluationConfig | None = None,
     seed: int = 0,
+    compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> DiagnosticReport:
     """Train every arm with several networks and seeds and test it on real patients.
@@ -98,6 +100,7 @@ def evaluate(
         tests: Evaluation splits by name; nothing is chosen on them.
         config: Arms, networks, seeds.
         seed: Public seed.
+        compute: Device, precision and workers; the CPU by default.
         progress: Shows the trainings.
 
     Returns:
@@ -114,7 +117,10 @@ def evaluate(
         _OPERATING_POINT: validation.images.numpy(),
         **{name: t.images.numpy() for name, t in tests.items()},
     }
-    students = [_student(job, distilled, train, config, seed, judged_on) for job in jobs]
+    students = [
+        replace(_student(job, distilled, train, config, seed, judged_on), compute=compute or Compute())
+        for job in jobs
+    ]
     outputs: dict[tuple[str, str, str], list[_Output]] = {}
     seconds: dict[tuple[str, str], float] = dict.fromkeys(kinds, 0.0)
     sizes = {arm: len(student.images) for (_, arm, _), student in zip(jobs, students, strict=True)}

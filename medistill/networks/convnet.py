@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
+from medistill.networks.layers import centred, normalisation
 
 _PLANE = 3  #: length of the shape of a plane image, ``(c, h, w)``
 
@@ -25,8 +26,7 @@ class ConvNet(nn.Module):
         image_shape: ``(c, h, w)`` for plane images, ``(c, d, h, w)`` for volumes.
         width: Channels of every block; 32 transfers to wider networks and is 8 times faster than 128.
         depth: Blocks; ``0`` chooses 3 for 28 and 32 px and one more for each doubling.
-        norm: ``"instance"``, ``"group"`` (groups of 8 channels), ``"batch"`` (across a batch: for methods that are
-            defined by it) or ``"none"``.
+        norm: See :func:`medistill.networks.layers.normalisation`; ``"batch"`` is for methods defined by it.
 
     Raises:
         ConfigError: If the image is too small for the depth or ``norm`` is unknown.
@@ -53,7 +53,7 @@ class ConvNet(nn.Module):
         self.convolutions = nn.ModuleList(
             convolution(channels if block == 0 else width, width, 3, padding=1) for block in range(depth)
         )
-        self.norms = nn.ModuleList(_norm(norm, width, plane=plane) for _ in range(depth))
+        self.norms = nn.ModuleList(normalisation(norm, width, plane=plane) for _ in range(depth))
         # The same average as avg_pool2d; a depthwise convolution trains up to 1.5 times faster on a CPU.
         self.register_buffer("_pool", torch.full((width, 1, 2, 2), 0.25), persistent=False)
         self.feature_count = width * math.prod(side >> depth for side in sides)
@@ -61,7 +61,7 @@ class ConvNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Embedding before the linear layer, shape ``(n, feature_count)``."""
-        hidden = (images - 0.5) / 0.25
+        hidden = centred(images)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = F.relu(norm(convolution(hidden)))
             if hidden.ndim == _PLANE + 1:
@@ -74,12 +74,3 @@ class ConvNet(nn.Module):
         """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
         logits: Tensor = self.head(self.features(images))
         return logits
-
-
-def _norm(norm: str, width: int, *, plane: bool) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(width) if plane else nn.BatchNorm3d(width)
-    groups = {"instance": width, "group": max(1, width // 8), "none": 0}
-    if norm not in groups:
-        raise ConfigError(f"Expected norm 'instance', 'group', 'batch' or 'none', got {norm!r}.")
-    return nn.GroupNorm(groups[norm], width) if groups[norm] else nn.Identity()

@@ -133,7 +133,7 @@ image, soft_label = release[0]
 ```
 
 Without medistill: `safetensors.torch.load_file("images.safetensors")` gives `images` (in 0 to 1), `soft_labels`
-and `hard_labels`; `recipe.json` names the classes and how long to train.{_labels_note(card)}
+and `hard_labels`; `recipe.json` names the classes and how long to train.{_labels_note(card)}{_views_note(card)}
 
 ## What is guaranteed
 
@@ -164,7 +164,7 @@ and `hard_labels`; `recipe.json` names the classes and how long to train.{_label
 
 | file | holds |
 |---|---|
-| `images.safetensors` | exact images, soft labels, hard labels |
+| `images.safetensors` | exact images, soft labels, hard labels; labels of crops where there are any |
 | `recipe.json` | how they were made, how to train on them, the privacy statement |
 | `labels.csv`, `images/` | the same for looking at: one 8-bit picture per row{_pictures_note(card)} |
 | `card.json` | this page for programs, with all figures |
@@ -188,9 +188,29 @@ def _labels_note(card: Mapping[str, Any]) -> str:
     )
 
 
+def _views_note(card: Mapping[str, Any]) -> str:
+    views = card["images"].get("views")
+    if not views:
+        return ""
+    return (
+        f"\n\nStudents learn from {views['count']} crops of every image, each with a soft label of its own. "
+        "`view_boxes` has the shape\n(crop, image, corners): the low corner, then the high corner, in the order "
+        "of the image's axes, as shares of\nthe side; `view_soft_labels` has (crop, image, class). In epoch e a "
+        f"student sees crop e modulo {views['count']} of each image,\nenlarged to the whole side; its logits are "
+        f"divided by `view_temperature` ({views['temperature']:g}) before the loss, which "
+        "is\ntaken times its square."
+    )
+
+
 def _pictures_note(card: Mapping[str, Any]) -> str:
     shown = card["images"].get("pictures_show")
     return f"; of each volume {shown}" if shown else ""
+
+
+def _views(distilled: DistilledSet) -> dict[str, Any]:
+    if distilled.views is None:
+        return {}
+    return {"views": {"count": len(distilled.views), "temperature": distilled.views.temperature}}
 
 
 def _images(distilled: DistilledSet) -> dict[str, Any]:
@@ -200,6 +220,7 @@ def _images(distilled: DistilledSet) -> dict[str, Any]:
         "per_class": {name: classes.count(i) for i, name in enumerate(distilled.task.class_names)},
         "shape": list(distilled.images.shape[1:]),
         "range": [0, 1],
+        **_views(distilled),
         **({"pictures_show": MIDDLE_SLICES} if distilled.images.ndim == _VOLUME_AXES else {}),
     }
 

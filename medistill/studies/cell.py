@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
-from medistill.core.images import ImageSet
+from medistill.core.images import ImageSet, averaged
 from medistill.core.protocols import Synthetic
 from medistill.core.task import Task, TaskKind
 from medistill.distill import distill
@@ -38,13 +39,14 @@ from medistill.registry import NETWORKS
 from medistill.release.durable import replace_durably
 from medistill.seeds import derive_seed
 from medistill.studies.budget import Cost, probe, share_budget
+from medistill.studies.records import keep_record
 from medistill.training.students import Student, train_student, train_students
 
 #: The schedule by which all methods are compared as well, beside the one chosen for each.
 COMMON_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
 #: Method names of the baselines: as many random real images, and all of them.
 RANDOM, REAL = "random", "real"
-_SIDE, _CHUNK = 32, 512
+_SIDE, _SOLID_SIDE, _CHUNK = 32, 16, 512
 _ALONE = Compute(jobs=1)
 _PROBE_LIMIT = 3.0
 
@@ -62,15 +64,17 @@ def main() -> None:
     except Exception as error:
         answer = {"status": "failed", "error": error_line(error)}
     answer |= {"cpu_seconds": round(time.process_time(), 2), "peak_rss_mb": peak_rss_mb()}
-    replace_durably(target, (json.dumps({"schema_version": 1, **answer}, indent=1) + "\n").encode())
+    keep_record(target, answer)
 
 
 def error_line(error: Exception) -> str:
-    """One line about what went wrong; of errors that are not ours, only what cannot hold a path."""
+    """One line about what went wrong; of errors that are not ours only where, as their text can hold a path."""
     if isinstance(error, MedistillError):
         return " ".join(str(error).split())
-    text = error.strerror if isinstance(error, OSError) else str(error)
-    return f"{type(error).__name__}: {' '.join((text or '').split())[:200]}"
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if "medistill" in Path(f.filename).parts]
+    where = f" in {Path(ours[-1].filename).stem}, line {ours[-1].lineno}" if ours else ""
+    said = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+    return f"{type(error).__name__}{where}{said}"
 
 
 def peak_rss_mb() -> int:
@@ -177,7 +181,8 @@ def run(request: Request, target: Path) -> dict[str, Any]:
     }
     tensors: dict[str, Tensor] = {}
     if method != REAL:
-        answer["nearest"] = nearest(made.synthetic.images, train, _part(request, "holdout"))
+        if len(load_cohort(Path(request["cohort"])).split("holdout")):
+            answer["nearest"] = nearest(made.synthetic.images, train, _part(request, "holdout"))
         tensors |= {"images": made.synthetic.images, "labels": made.synthetic.hard_labels}
     test, validation = _part(request, "test"), _part(request, "validation")
     answer["patients"], answer["networks"] = len(test.unique_patients), {}
@@ -336,10 +341,8 @@ def nearest(released: Tensor, train: ImageSet, held_out: ImageSet) -> dict[str, 
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Images reduced to 32 px, centred and of length one, one row each."""
-    if images.shape[-1] > _SIDE and images.ndim == 4:
-        images = F.interpolate(images, size=(_SIDE, _SIDE), mode="area")
-    flat = images.flatten(1)
+    """Images reduced to 32 px, and volumes to 16, centred and of length one, one row each."""
+    flat = averaged(images, plane=_SIDE, solid=_SOLID_SIDE).flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
     unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-8)
     return unit

@@ -21,15 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from medistill.core.reports import Estimate
+from medistill.distill.schedule import CANDIDATES
 from medistill.evaluate.bootstrap import percentile_estimate
 from medistill.evaluate.metrics import METRICS
 from medistill.progress import Progress
-from medistill.release.durable import output_errors, replace_durably
 from medistill.report.comparison import Row, Sheet, best_first, render_comparison
 from medistill.report.contact_sheet import contact_sheet
 from medistill.studies.cell import COMMON_SCHEDULE
 from medistill.studies.contest import Cell, ComparisonConfig, Contestant, estimate_seconds, plan_cells, probe_name
 from medistill.studies.processes import Runner
+from medistill.studies.records import keep, keep_record
 
 __all__ = [
     "Comparison",
@@ -164,7 +165,8 @@ def _arms(
     answers = list(done.values())
     tensors = [load_file(file.with_suffix(".safetensors")) for file in done]
     for arm in answers[0]["networks"][network]["arms"]:
-        values = [[a["networks"][network]["arms"][arm]["metrics"][metric] for metric in METRICS] for a in answers]
+        found = [a["networks"][network]["arms"][arm]["metrics"] for a in answers]
+        values = np.array([[one[metric] for metric in METRICS] for one in found], dtype=np.float64)
         draws = np.mean([one[f"draws/{network}/{arm}"].numpy() for one in tensors], axis=0)
         means = np.mean(values, axis=0)
         arms[arm] = {
@@ -184,11 +186,9 @@ def _write(config: ComparisonConfig, cells: Sequence[Cell], out: Path) -> Compar
     table = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for line in flat for key in line)))
     table.writeheader()
     table.writerows(flat)
-    values = {"schema_version": 1, "config": asdict(config), "rows": [asdict(row) for row in rows]}
-    with output_errors(page):
-        replace_durably(out / "comparison.csv", text.getvalue().encode())
-        replace_durably(out / "comparison.json", (json.dumps(values, indent=1) + "\n").encode())
-        replace_durably(page, render_comparison(rows, sheets, facts=_facts(config)).encode())
+    keep(out / "comparison.csv", text.getvalue().encode())
+    keep_record(out / "comparison.json", {"config": asdict(config), "rows": [asdict(row) for row in rows]})
+    keep(page, render_comparison(rows, sheets, facts=_facts(config)).encode())
     return Comparison(rows=rows, page=page)
 
 
@@ -202,11 +202,11 @@ def _flat(row: Row) -> dict[str, Any]:
         "status": "FAILED" if not row.seeds else "done",
         "seeds": row.seeds,
         "failed": row.failed,
-        "cpu_seconds": round(row.cpu_seconds, 2),
+        "cpu_seconds": round(row.cpu_seconds, 2) if row.seeds else "",
         "budget_seconds": row.budget_seconds or "",
         "peak_rss_mb": row.peak_rss_mb,
         "start_rss_mb": row.start_rss_mb,
-        "cell_cpu_seconds": round(row.cell_cpu_seconds, 2),
+        "cell_cpu_seconds": round(row.cell_cpu_seconds, 2) if row.seeds else "",
         "iterations": "+".join(str(count) for count in row.iterations.values()),
         "schedule": row.schedule,
         "error": row.error,
@@ -248,7 +248,8 @@ def _facts(config: ComparisonConfig) -> dict[str, str]:
         "trained from scratch and tested on the test patients, on whom nothing was chosen; 95 % interval by "
         "bootstrap over those patients. It does not hold the spread over distillations: the standard deviation "
         "over seeds does.",
-        "Schedules": "Chosen: of three, the best on validation patients. Common: the same for every method "
+        "Schedules": f"Chosen: of {len(CANDIDATES)} and the method's own, the best on validation patients. "
+        "Common: the same for every method "
         f"({common.epochs} epochs, learning rate {common.learning_rate:g}). Hard labels: the same images and the "
         "chosen schedule without soft labels. All real images have one schedule of their own.",
         "Cost": "CPU seconds and peak memory of the distillation, each in a process of its own, one thread; in "

@@ -8,9 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from medistill import __version__
 from medistill.core.task import Task
@@ -20,8 +18,7 @@ from medistill.errors import ConfigError
 from medistill.ingest import load_cohort
 from medistill.registry import NETWORKS, nearest
 from medistill.studies.cell import COMMON_SCHEDULE, RANDOM, REAL
-
-Record = TypeVar("Record")
+from medistill.studies.records import read_record
 
 _TWO_CLASSES = Task.single_label(("0", "1"))
 #: CPU seconds that training takes for every pixel passed through the ConvNet of width 32, measured on one core.
@@ -147,22 +144,6 @@ class ComparisonConfig:
         return read_record(cls, {**values, "methods": methods})
 
 
-def read_record(record: type[Record], values: Mapping[str, Any]) -> Record:
-    """Plain values as a frozen record, every field checked.
-
-    Raises:
-        ConfigError: With every problem and its dotted path.
-    """
-    try:
-        return TypeAdapter(record).validate_python(dict(values))
-    except ValidationError as error:
-        lines = []
-        for entry in error.errors():
-            path = ".".join(map(str, entry["loc"]))
-            lines.append(f"{path}: {entry['msg']}" if path else entry["msg"].removeprefix("Value error, "))
-        raise ConfigError("\n".join(lines)) from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One distillation with its students.
@@ -260,7 +241,7 @@ def plan_cells(config: ComparisonConfig, data: Mapping[str, tuple[Path, int]]) -
 def estimate_seconds(cell: Cell, config: ComparisonConfig) -> float:
     """CPU seconds that a cell should take; without a budget the distillation itself is not counted."""
     cohort = load_cohort(cell.cohort)
-    pixels = float(cell.size**2)
+    pixels = float(cell.size ** (len(cohort.profile["shape"]) - 1))
     if cell.contestant.method == REAL:
         passes = len(cohort.split("train")) * config.real_epochs * config.students
         return passes * pixels * _SECONDS_A_PIXEL * len(config.networks)

@@ -40,11 +40,11 @@ from medistill.parallel import parallel_map
 from medistill.privacy import OpenCurator
 from medistill.progress import Progress
 from medistill.registry import NETWORKS
-from medistill.release.durable import output_errors, replace_durably
 from medistill.report.continual import Curve, render_continual
 from medistill.seeds import derive_seed
-from medistill.studies.contest import content_digest, read_record
+from medistill.studies.contest import content_digest
 from medistill.studies.incremental import Benchmark, Judge, class_groups, join_cohorts
+from medistill.studies.records import keep, keep_record, read_record
 from medistill.training.fit import fit, predict
 
 ARMS = ("distilled", "random", "herding", "all", "finetune")
@@ -91,15 +91,17 @@ class ContinualConfig:
 
     def __post_init__(self) -> None:
         unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or not self.arms:
-            raise ConfigError(f"arms: expected some of {', '.join(ARMS)}; found {', '.join(unknown) or 'none'}.")
-        if not self.seeds or min((*self.steps, self.ipc, self.epochs, self.real_epochs)) < 1 or self.draws < 100:
-            raise ConfigError("Expected seeds, and steps, ipc, epochs and real_epochs >= 1 and draws >= 100.")
+        if unknown:
+            raise ConfigError(f"arms: expected some of {', '.join(ARMS)}; found {', '.join(unknown)}.")
+        for what in ("steps", "seeds", "arms"):
+            if not getattr(self, what) or len(set(getattr(self, what))) < len(getattr(self, what)):
+                raise ConfigError(f"{what}: expected at least one value, and each once.")
+        if min((*self.steps, self.ipc, self.epochs, self.real_epochs)) < 1 or self.draws < 100:
+            raise ConfigError("Expected steps, ipc, epochs and real_epochs >= 1 and draws >= 100.")
         NETWORKS.load(self.network)
         chosen = resolve_method(self.method, Task.single_label(("0", "1")), self.ipc).distillers
-        make_recipe(
-            Task.single_label(("0", "1")), method="+".join(chosen), settings=self.settings
-        )  # refuses unknown settings
+        # refuses unknown settings
+        make_recipe(Task.single_label(("0", "1")), method="+".join(chosen), settings=self.settings)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ContinualConfig:
@@ -168,16 +170,14 @@ def run_cell(
         sizes.append(len(images))
         judge.look(predict(network, world.test.images, kind=world.task.kind).double().numpy(), groups[: step + 1])
     values = {
-        "schema_version": 1,
         "cell": asdict(cell),
         "classes": [[world.task.class_names[c] for c in group] for group in groups],
         "images": sizes,
         "cpu_seconds": round(time.process_time() - began, 2),
         **judge.figures(),
     }
-    with output_errors(target):
-        replace_durably(target.with_suffix(".safetensors"), save(judge.draws()))
-        replace_durably(target, (json.dumps(values, indent=1) + "\n").encode())
+    keep(target.with_suffix(".safetensors"), save(judge.draws()))
+    keep_record(target, values)
 
 
 def _shape(world: Benchmark) -> tuple[int, ...]:
@@ -200,8 +200,7 @@ def _of_step(
     kept = out / "memory" / f"{name}-{step}.safetensors"
     if not kept.exists():
         memory = _remember(cell, config, mine, group, step)
-        with output_errors(kept):
-            replace_durably(kept, save({"images": memory.images, "targets": memory.targets}))
+        keep(kept, save({"images": memory.images, "targets": memory.targets}))
     found = load_file(kept)
     return _Memory(images=found["images"], targets=found["targets"])
 
@@ -262,7 +261,7 @@ def learn_continually(
         ConfigError: If the classes cannot arrive in as many equal steps.
 
     Privacy:
-        The arms ``random``, ``all`` and ``finetune`` use real images; the folder stays inside.
+        The arms ``random``, ``herding``, ``all`` and ``finetune`` use real images; the folder stays inside.
     """
     progress, digest = progress or Progress(), _sites_digest(sites)
     classes = sum(load_cohort(path).task.n_classes for path, _ in sites.values())
@@ -274,7 +273,8 @@ def learn_continually(
     done = parallel_map(work, todo, jobs=jobs)
     for _ in progress.track(done, "learning", total=len(cells), completed=len(cells) - len(todo)):
         pass
-    curves = make_curves(config, out, digest)
+    patients = sum(len(load_cohort(path).split("test").patients) for path, _ in sites.values())
+    curves = make_curves(config, out, digest, patients=patients)
     _write(config, curves, out)
     return curves
 
@@ -288,27 +288,27 @@ def _sites_digest(sites: Mapping[str, tuple[Path, int]]) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def make_curves(config: ContinualConfig, out: Path, digest: str) -> tuple[Curve, ...]:
-    """Mean over seeds with patient-bootstrap intervals, from the kept cells."""
+def make_curves(config: ContinualConfig, out: Path, digest: str, *, patients: int) -> tuple[Curve, ...]:
+    """Mean over seeds with bootstrap intervals over so many test patients, from the kept cells."""
     curves = []
     for steps in config.steps:
         for arm in config.arms:
             files = [_answer(out, Cell(arm=arm, steps=steps, seed=s).name(config, digest)) for s in config.seeds]
             found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
             draws = [load_file(file.with_suffix(".safetensors")) for file in files]
-            curves.append(_curve(arm, steps, found, draws))
+            curves.append(_curve(arm, steps, found, draws, patients))
     return tuple(curves)
 
 
 def _curve(
-    arm: str, steps: int, found: Sequence[Mapping[str, Any]], draws: Sequence[Mapping[str, Tensor]]
+    arm: str, steps: int, found: Sequence[Mapping[str, Any]], draws: Sequence[Mapping[str, Tensor]], patients: int
 ) -> Curve:
     def over_seeds(name: str) -> tuple[Floats, Floats]:
         values = np.array([np.array(one[name], dtype=np.float64) for one in found])
         return values, np.mean([one[name].numpy() for one in draws], axis=0)
 
     def estimate(values: Floats, drawn: Floats) -> Estimate:
-        return percentile_estimate(float(values.mean()), drawn, n=len(found))
+        return percentile_estimate(float(values.mean()), drawn, n=patients)
 
     accuracy, accuracy_draws = over_seeds("accuracy")
     area, area_draws = over_seeds("auroc")
@@ -347,11 +347,9 @@ def _write(config: ContinualConfig, curves: Sequence[Curve], out: Path) -> None:
                     line |= {metric: round(found.value, 4), f"{metric}_low": round(found.low, 4)}
                     line[f"{metric}_high"] = round(found.high, 4)
             table.writerow(line)
-    values = {"schema_version": 1, "config": asdict(config), "curves": [asdict(curve) for curve in curves]}
-    with output_errors(out):
-        replace_durably(out / "continual.csv", text.getvalue().encode())
-        replace_durably(out / "continual.json", (json.dumps(values, indent=1) + "\n").encode())
-        replace_durably(out / "continual.html", render_continual(curves, facts=_facts(config)).encode())
+    keep(out / "continual.csv", text.getvalue().encode())
+    keep_record(out / "continual.json", {"config": asdict(config), "curves": [asdict(c) for c in curves]})
+    keep(out / "continual.html", render_continual(curves, facts=_facts(config)).encode())
 
 
 def _facts(config: ContinualConfig) -> dict[str, str]:

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medistill.core.images import ImageSet
-from medistill.core.task import Task
-from medistill.errors import ConfigError
+from medistill.core.task import Task, TaskKind
+from medistill.errors import ConfigError, DataError
 from medistill.evaluate.metrics import weighted_auroc
 from medistill.ingest import load_cohort
 from medistill.seeds import derive_seed
 
 Floats = NDArray[np.float64]
+_PLANE_AXES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,15 @@ def join_cohorts(sites: Mapping[str, tuple[Path, int]]) -> Benchmark:
         sites: Name to the folder of a cohort and the side length of its images, the same for all.
 
     Raises:
-        ConfigError: If sizes differ.
+        ConfigError: If sizes differ, or a site has volumes or several classes per image.
+        DataError: If a patient of one site's train split is in another site's test split.
     """
     if len({size for _, size in sites.values()}) != 1:
         raise ConfigError("Expected the same size for every site.")
     cohorts = {name: load_cohort(path) for name, (path, _) in sites.items()}
+    for name, cohort in cohorts.items():
+        if cohort.task.kind is TaskKind.MULTILABEL or len(cohort.profile["shape"]) > _PLANE_AXES:
+            raise ConfigError(f"sites.{name}: expected plane images of one class each.")
     names = tuple(f"{site}: {label}" for site, cohort in cohorts.items() for label in cohort.task.class_names)
     task, size = Task.single_label(names), next(iter(sites.values()))[1]
 
@@ -60,7 +65,14 @@ def join_cohorts(sites: Mapping[str, tuple[Path, int]]) -> Benchmark:
             task=task,
         )
 
-    return Benchmark(train=joined("train"), test=joined("test"))
+    train, test = joined("train"), joined("test")
+    shared = len(set(train.patients) & set(test.patients))
+    if shared:
+        raise DataError(
+            f"{shared} patients are in the train split of one site and in the test split of another. "
+            "Leave one of the two sites out."
+        )
+    return Benchmark(train=train, test=test)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -118,7 +130,7 @@ class Judge:
             recalls[:, c] = np.divide(hits, total, out=np.full_like(total, np.nan), where=total > 0)
             areas.append(weighted_auroc(found[:, place], of_class, weights))
         self.recalls.append(recalls)
-        self.areas.append(np.mean(areas, axis=0))
+        self.areas.append(mean_over_seen(np.stack(areas, axis=-1)))
 
     def accuracies(self) -> Floats:
         """Mean recall over the classes seen, shape ``(steps, 1 + draws)``."""

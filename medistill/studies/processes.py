@@ -14,7 +14,7 @@ from typing import Any
 
 from medistill.errors import MedistillError
 from medistill.progress import Progress
-from medistill.release.durable import output_errors, replace_durably
+from medistill.studies.records import keep_record
 
 _CHILD = "from medistill.cpu import prepare_cpu; prepare_cpu(); from medistill.studies.cell import main; main()"
 #: How a process ends that was stopped, by a key or by us; that is no answer.
@@ -50,7 +50,7 @@ class Runner:
 
     def fail(self, kind: str, name: str, error: str) -> None:
         """Keep the answer that this cannot be done."""
-        self._keep(self._path(kind, name), {"schema_version": 1, "status": "failed", "error": error})
+        keep_record(self._path(kind, name), {"status": "failed", "error": error})
 
     def run(self, kind: str, requests: Mapping[str, Mapping[str, Any]], what: str, total: int = 0) -> None:
         """Run what has no answer yet, ``jobs`` at a time, under a bar."""
@@ -83,7 +83,7 @@ class Runner:
     def _one(self, kind: str, name: str, request: Mapping[str, Any], running: list[subprocess.Popen[str]]) -> None:
         target = self._path(kind, name)
         asked = target.with_suffix(".request")
-        self._keep(asked, request)
+        keep_record(asked, request)
         target.unlink(missing_ok=True)
         command = [sys.executable, "-c", _CHILD, str(asked), str(target)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that CPU seconds are comparable
@@ -100,9 +100,3 @@ class Runner:
 
     def _path(self, kind: str, name: str) -> Path:
         return self.out / kind / f"{name}.json"
-
-    @staticmethod
-    def _keep(path: Path, values: Mapping[str, Any]) -> None:
-        with output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_durably(path, (json.dumps(values, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Crops of images: drawn at random, and taken again from what a release says about them."""
+"""Views of images: crops drawn at random or taken again from what a release says, and mirroring."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
     theta = torch.cat([torch.diag_embed(high - low), (low + high - 1)[:, :, None]], dim=2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def mirrored(images: Tensor, generator: Generator) -> Tensor:
+    """Every image mirrored left and right, or not, at random; only where the side of an organ is no finding."""
+    turned = torch.rand(len(images), *(1,) * (images.ndim - 1), generator=generator) < 0.5
+    return torch.where(turned.to(images.device), images.flip(-1), images)

@@ -25,6 +25,15 @@ SHAPES = [(1, 28, 28), (3, 28, 28), (1, 64, 64), (3, 64, 64), (1, 30, 45)]
 LARGE = ("densenet121", "efficientnet", "mobilenet")
 
 
+def _names(*late: str) -> list[Any]:
+    """All networks; some of them only in the long run."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in late else name for name in NAMES]
+
+
+#: MONAI takes ten seconds to import, and large bodies are slow in every pass.
+EVERY, THOROUGH = _names("densenet121"), _names(*LARGE)
+
+
 def _made(name: str, shape: tuple[int, ...] = (1, 28, 28), seed: int = 0) -> Any:
     return fresh(NETWORKS.load(name), TASK, shape, seed)
 
@@ -33,9 +42,9 @@ def _images(count: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.rand((count, *shape), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_logits_and_features_of_every_shape(name: str) -> None:
-    for shape in SHAPES:
+    for shape in SHAPES[::3] if name in LARGE else SHAPES:
         network = _made(name, shape).eval()
         images = _images(2, shape)
         with torch.no_grad():
@@ -47,9 +56,9 @@ def test_logits_and_features_of_every_shape(name: str) -> None:
         assert not torch.equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_volumes_where_they_are_natural(name: str) -> None:
-    shape = (1, 28, 28, 28)
+    shape = (1, 16, 16, 16)
     if name in VOLUMES:
         with torch.no_grad():
             assert _made(name, shape).eval()(_images(1, shape)).shape == (1, 3)
@@ -58,7 +67,7 @@ def test_volumes_where_they_are_natural(name: str) -> None:
             _made(name, shape)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_an_image_is_judged_alone(name: str) -> None:
     """In training as in evaluation: nothing of an image depends on those beside it."""
     network = _made(name)
@@ -71,7 +80,7 @@ def test_an_image_is_judged_alone(name: str) -> None:
             torch.testing.assert_close(network(together), apart, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_same_seed_same_weights_and_no_chance_in_passing(name: str) -> None:
     images = _images(2, (1, 28, 28))
     first, second, other = (_made(name, seed=seed).train() for seed in (1, 1, 2))
@@ -84,7 +93,7 @@ def test_same_seed_same_weights_and_no_chance_in_passing(name: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_every_weight_and_the_pixels_get_a_finite_gradient(name: str) -> None:
     network, images = _made(name), _images(2, (1, 28, 28)).requires_grad_()
     network(images).square().sum().backward()
@@ -126,7 +135,7 @@ def _assert_learns(name: str, *, epochs: int) -> None:
     assert roc_auc_score(test.classes, scores) > 0.9
 
 
-@pytest.mark.parametrize("name", ["alexnet", "lenet", "mlp", "vit", *LARGE])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("convnet", "resnet")])
 @pytest.mark.parametrize("shape", [(28, 28), (1, 4), (1, 1, 28, 28, 28), (0, 28, 28)])
 def test_what_is_no_image_is_refused(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=f"{name}: expected images of shape"):
@@ -143,7 +152,9 @@ def test_what_is_no_image_is_refused(name: str, shape: tuple[int, ...]) -> None:
         ("vit", (1, 28, 28), {"stem": "conv"}, "stem 'convolution' or 'patch', got 'conv'"),
         ("mlp", (1, 28, 28), {"depth": 0}, "depth >= 1"),
         ("mobilenet", (2, 28, 28), {}, "1 or 3 channels"),
-        ("densenet121", (1, 28, 28), {"norm": "none"}, "norm 'group' or 'batch'"),
+        pytest.param(
+            "densenet121", (1, 28, 28), {"norm": "none"}, "norm 'group' or 'batch'", marks=pytest.mark.long
+        ),
     ],
 )
 def test_wrong_settings_say_what_was_expected(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -202,7 +203,7 @@ def test_every_kind_of_image_and_task(name: str, siamese: bool) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_an_earlier_result_is_taken_up_with_its_labels(optimizer: str) -> None:
     start = Synthetic(
-        images=torch.full((2, 1, 16, 16), 0.5),
+        images=noise((2, 1, 16, 16), seed=1),
         soft_labels=torch.tensor([[0.8, 0.2], [0.3, 0.7]]),
         hard_labels=torch.tensor([0, 1]),
     )
@@ -232,11 +233,43 @@ def test_a_student_of_matched_images_knows_the_classes() -> None:
     assert accuracies[0] > 0.9 > accuracies[1]
 
 
-def test_a_class_without_images_and_wrong_settings_are_refused() -> None:
-    data = blobs(patients=8)
-    lonely = data.select([i for i, label in enumerate(data.classes.tolist()) if label == 0])
-    with pytest.raises(DataError, match="class1"):
-        QUICK.distill(OpenCurator(lonely), ipc=1, seed=0, start=None, bench=Workbench())
+class _Memory:
+    """A checkpoint in memory that interrupts at its second save."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] | None = None
+        self.saves = 0
+
+    def load(self) -> dict[str, Tensor] | None:
+        return self.state
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        self.state = {name: value.detach().clone() for name, value in state.items()}
+        self.saves += 1
+        if self.saves == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.5), ("adam", 0.5)])
+def test_an_interruption_resumes_with_the_same_bits(optimizer: str, momentum: float) -> None:
+    settings = replace(QUICK, optimizer=optimizer, momentum=momentum, siamese=True, checkpoint_every=1)
+
+    def images(bench: Workbench) -> Tensor:
+        return settings.distill(OpenCurator(blobs(patients=6)), ipc=1, seed=0, start=None, bench=bench).images
+
+    bench = Workbench(checkpoint=_Memory())
+    with pytest.raises(KeyboardInterrupt):
+        images(bench)
+    assert torch.equal(images(bench), images(Workbench()))
+
+
+def test_a_network_that_diverges_is_named_with_a_remedy() -> None:
+    settings = replace(QUICK, network_rate=1e30)
+    with pytest.raises(DataError, match=r"gradient_matching diverged at step 0.*Lower network_rate"):
+        settings.distill(OpenCurator(blobs(patients=6)), ipc=1, seed=0, start=None, bench=Workbench())
+
+
+def test_wrong_settings_are_refused() -> None:
     wrong = {"iterations": -1, "inner": -1, "rate": 0.0, "optimizer": "lbfgs", "momentum": 1.0, "init": "copies"}
     for name, value in wrong.items():
         with pytest.raises(ConfigError):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from medistill.core.protocols import Workbench
+from medistill.core.protocols import Synthetic, Workbench
 from medistill.core.task import TaskKind
-from medistill.distill.batches import balanced_batch
 from medistill.distill.soft_label import SoftLabel
+from medistill.distill.start import noise
 from medistill.distill.unrolled import Hypergradients, Learned, Training, before_softplus, hypergradients, softplus
-from medistill.errors import DataError
+from medistill.errors import ConfigError, DataError
 from medistill.privacy.curator import OpenCurator
 from medistill.training.objectives import probabilities
 from tests.conftest import blobs
@@ -74,12 +76,6 @@ def test_adam_takes_the_step_of_torch() -> None:
     assert learned.state(3, generator)["halvings"] == 1
 
 
-def test_batches_hold_every_class_equally() -> None:
-    data = blobs(patients=9, classes=3)
-    _, targets = balanced_batch(data, 5, torch.Generator().manual_seed(0))
-    assert targets.sum(0).tolist() == [5, 5, 5]
-
-
 def test_it_learns_images_labels_and_rate() -> None:
     data = blobs(patients=20)
     distiller = SoftLabel(iterations=8, unroll=4, batch_per_class=8, width=8)
@@ -87,7 +83,7 @@ def test_it_learns_images_labels_and_rate() -> None:
     assert result.schedule is not None
     assert abs(result.schedule.learning_rate - distiller.inner_rate) > 1e-3
     assert result.schedule.epochs == 4
-    initial = torch.tensor([[2.0, -2.0], [-2.0, 2.0]]).softmax(1)
+    initial = torch.tensor([[0.98, 0.02], [0.02, 0.98]])
     assert (result.soft_labels - initial).abs().max() > 1e-3
 
 
@@ -106,6 +102,24 @@ def test_it_works_for(shape: tuple[int, ...], kind: TaskKind) -> None:
     sums = made.soft_labels.sum(1)
     assert torch.allclose(sums, torch.ones(2), atol=1e-5) == (kind is not TaskKind.MULTILABEL)
     assert ((made.soft_labels > 0) & (made.soft_labels < 1)).all()
+
+
+@pytest.mark.parametrize("change", [{"inner_rate": 0.0}, {"checkpoint_every": 0}, {"clip": 0.0}, {"init": "copy"}])
+def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="Expected"):
+        SoftLabel(**change)
+
+
+def test_an_earlier_result_is_taken_up_with_its_labels() -> None:
+    start = Synthetic(
+        images=noise((2, 1, 16, 16), seed=1),
+        soft_labels=torch.tensor([[0.7, 0.3], [0.4, 0.6]]),
+        hard_labels=torch.tensor([0, 1]),
+    )
+    distiller = SoftLabel(iterations=1, unroll=1, batch_per_class=4, width=8, label_rate=1e-6, image_rate=1e-6)
+    made = distiller.distill(OpenCurator(blobs(patients=8)), ipc=1, seed=0, start=start, bench=Workbench())
+    torch.testing.assert_close(made.soft_labels, start.soft_labels, atol=0.02, rtol=0)
+    torch.testing.assert_close(made.images, start.images, atol=1e-4, rtol=0)
 
 
 def test_a_training_that_diverges_is_named_with_a_remedy() -> None:

@@ -16,6 +16,7 @@ from medistill.core.compute import Compute
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
+from medistill.distill import squeeze as squeezing
 from medistill.distill import sre2l
 from medistill.distill.norm_statistics import (
     MatchedNorm,
@@ -23,10 +24,11 @@ from medistill.distill.norm_statistics import (
     statistics_distance,
     with_matched_norms,
 )
-from medistill.distill.sre2l import SRe2L, batches, labelled, recover, relabel, smallest_crop, squeeze
-from medistill.errors import ConfigError
+from medistill.distill.squeeze import squeeze
+from medistill.distill.sre2l import SRe2L, batches, labelled, recover, relabel, smallest_crop
+from medistill.errors import ConfigError, DataError
 from medistill.privacy.curator import OpenCurator
-from medistill.training.views import crop
+from medistill.training.views import crop, mirrored
 from tests.conftest import blobs
 
 QUICK = SRe2L(teacher="convnet", width=8, epochs=2, iterations=12, views=3, checkpoint_every=5)
@@ -123,7 +125,7 @@ def test_running_statistics_become_the_average_of_later_batches() -> None:
 
 
 def _teacher(data: ImageSet, settings: SRe2L = QUICK) -> nn.Module:
-    return squeeze(OpenCurator(data), settings=settings, seed=0, bench=Workbench())
+    return squeeze(OpenCurator(data), settings=settings.squeeze(), seed=0, bench=Workbench())
 
 
 def _start(task: Task, ipc: int, size: int = 16) -> Synthetic:
@@ -272,21 +274,43 @@ def test_curriculum_goes_from_the_whole_to_small_crops() -> None:
 
 
 def test_nothing_is_mirrored_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    mirrored = []
-    monkeypatch.setattr(sre2l, "_mirrored", lambda images, generator: mirrored.append(1) or images)
+    seen: list[int] = []
+    for stage in (squeezing, sre2l):
+        monkeypatch.setattr(stage, "mirrored", lambda images, generator: seen.append(1) or images)
     curator = OpenCurator(blobs(patients=6))
-    for settings, count in ((QUICK, 0), (replace(QUICK, mirror=True), 1)):
+    for settings, count in ((QUICK, 0), (replace(QUICK, mirror=True), QUICK.epochs + QUICK.iterations)):
         settings.distill(curator, ipc=1, seed=0, start=None, bench=Workbench())
-        assert bool(mirrored) == bool(count)
+        assert len(seen) == count
 
 
 def test_mirroring_turns_left_and_right() -> None:
     images = torch.zeros(40, 1, 4, 4)
     images[..., 0] = 1.0
-    found = sre2l._mirrored(images, torch.Generator().manual_seed(0))
+    found = mirrored(images, torch.Generator().manual_seed(0))
     left = found[..., 0].mean((1, 2)) == 1
     assert 0 < int(left.sum()) < 40
     assert torch.equal(found[~left], images[~left].flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"), [("teacher_rate", {"teacher_rate": 1e30}), ("rate", {"bn_weight": 1e38})]
+)
+def test_what_diverges_is_named_with_a_remedy(stage: str, change: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=f"sre2l diverged.*Lower {stage}"):
+        replace(QUICK, first_weight=1e30, **change).distill(  # type: ignore[arg-type]
+            OpenCurator(blobs(patients=6)), ipc=1, seed=0, start=None, bench=Workbench()
+        )
+
+
+def test_of_several_labels_the_teacher_also_sees_images_without_any() -> None:
+    data = blobs(patients=12, per_patient=1, classes=3)
+    task = Task(kind=TaskKind.MULTILABEL, class_names=("a", "b"))  # the third class is without a label
+    teacher = _teacher(replace(data, targets=data.targets[:, :2], task=task), replace(QUICK, epochs=12, crop=1.0))
+    with torch.no_grad():
+        scores = teacher(data.images).sigmoid()
+    healthy = data.targets[:, 2] > 0
+    assert float(scores[healthy].max()) < 0.5
+    assert float(scores[~healthy].amax(1).min()) > 0.5
 
 
 def test_bad_settings_are_refused() -> None:

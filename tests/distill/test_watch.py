@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from medistill.core.compute import Compute
+from medistill.core.distilled import Schedule
 from medistill.core.protocols import Synthetic, Workbench
-from medistill.distill import distill, watch
+from medistill.distill import distill, runner, watch
 from medistill.distill.watch import Look, ValidationWatch
 from medistill.networks.convnet import ConvNet
 from medistill.privacy.curator import OpenCurator
@@ -105,12 +106,20 @@ def test_the_bench_ends_the_loop_when_the_watch_says_so() -> None:
     assert done == [2, 3, 4]
 
 
-def test_looking_changes_no_bit_of_the_result(tmp_path: Path) -> None:
-    data, validation, seen = blobs(patients=18), blobs(patients=12, seed=5, first=100), []
+def test_looking_changes_no_bit_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (Schedule(epochs=2, learning_rate=0.01),)
+    monkeypatch.setattr(runner, "choose_schedule", partial(runner.choose_schedule, candidates=few))
+    data, validation, seen = blobs(patients=18), blobs(patients=4, seed=5, first=100), []
     settings = {"distribution_matching": QUICK["distribution_matching"]}
     method = "distribution_matching"
     looked = distill(
-        OpenCurator(data), method=method, ipc=1, settings=settings, validation=validation, observer=seen.append
+        OpenCurator(data),
+        method=method,
+        ipc=1,
+        settings=settings,
+        validation=validation,
+        network=partial(ConvNet, width=8),
+        observer=seen.append,
     )
     blind = distill(OpenCurator(data), method=method, ipc=1, settings=settings)
     assert torch.equal(looked.distilled.images, blind.distilled.images)

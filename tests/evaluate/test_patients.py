@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from medistill.core.distilled import DistilledSet, Recipe, Schedule, Step
+from medistill.core.distilled import DistilledSet, Recipe, Schedule, Step, ViewLabels
 from medistill.core.guarantee import PrivacyStatement
 from medistill.core.images import ImageSet
 from medistill.core.reports import DiagnosticReport
 from medistill.core.task import Task
 from medistill.errors import DataError
-from medistill.evaluate import PatchSplit, evaluate_patients, render_patients
+from medistill.evaluate import PatchSplit, evaluate_patients, patients, render_patients
 from medistill.evaluate.patients import positive_shares
+from medistill.training.students import Student, Trained, train_students
 from tests.conftest import blobs, pseudonym
 
 TASK = Task.single_label(("healthy", "ill", "outside"))
@@ -140,3 +142,33 @@ def test_what_cannot_be_evaluated_is_refused(
         PatchSplit(patches=blobs(patients=4), positive={})
     with pytest.raises(DataError, match="found one in two"):
         _evaluate((train, train, validation, test), validation)
+
+
+def test_students_learn_from_the_views_of_a_release(
+    parts: tuple[ImageSet, ImageSet, PatchSplit, PatchSplit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, choose_on, validation, test = parts
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 3, 4)
+    views = ViewLabels(boxes=boxes, soft_labels=torch.eye(3)[None], temperature=2.0)
+    seen: list[tuple[int, ViewLabels | None]] = []
+
+    def watch(students: Sequence[Student]) -> Iterator[Trained]:
+        seen.extend((len(student.images), student.views) for student in students)
+        return train_students(students)
+
+    monkeypatch.setattr(patients, "train_students", watch)
+    evaluate_patients(
+        {"means": replace(_distilled(train), views=views)}, train=train, choose_on=choose_on,
+        validation=validation, test=test, seeds=1, random_draws=0, real_epochs=1, draws=100,
+    )  # fmt: skip
+    assert seen == [(len(train), None), (3, views), (3, None)]  # real, soft, hard
+
+
+def test_patients_on_whom_the_schedule_is_chosen_are_not_tested(
+    parts: tuple[ImageSet, ImageSet, PatchSplit, PatchSplit],
+) -> None:
+    train, _, validation, test = parts
+    with pytest.raises(DataError, match="found one in two"):
+        evaluate_patients(
+            {"means": _distilled(train)}, train=train, choose_on=test.patches, validation=validation, test=test
+        )

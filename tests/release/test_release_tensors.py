@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from medistill.core.distilled import Step, ViewLabels
 from medistill.errors import DataError, OutputError, ReleaseError
 from medistill.release import durable
+from medistill.release.card import build_card, readme
 from medistill.release.tensors import load_distilled, save_distilled
 
 
@@ -224,3 +225,16 @@ def test_views_that_break_an_invariant(tmp_path, edit, message):
     with_tensors(tmp_path, (tmp_path / "other").read_bytes())
     with pytest.raises(ReleaseError, match=message):
         load_distilled(tmp_path)
+
+
+def test_the_card_says_how_views_are_used():
+    distilled = with_views(distilled_set(TWO, ipc=2))
+    parts = {"audit": None, "diagnosis": None, "cohort": None, "commands": (), "forced_reason": None}
+    parts |= {"name": "A release", "licence": None, "versions": {}}
+    card = build_card(distilled=distilled, **parts)
+    assert card["images"]["views"] == {"count": len(distilled.views), "temperature": 1.7}
+    text = readme(card)
+    for name in ("`view_boxes`", "`view_soft_labels`", "`view_temperature` (1.7)", "low corner, then the high"):
+        assert name in text
+    assert f"crop e modulo {len(distilled.views)}" in text
+    assert "view_" not in readme(build_card(distilled=replace(distilled, views=None), **parts))

@@ -498,6 +498,21 @@ def test_a_plain_large_cohort_has_no_warning(quality: Quality) -> None:
     assert judged(quality, cohort) == set()
 
 
+def test_patients_of_several_classes_are_counted_once(quality: Quality) -> None:
+    """Class a is at one site only, and who shows it shows b and c too; b is at both sites."""
+    cohort = made_cohort(640, lambda row: noise(row, (1, 8, 8)), label=every_other, **PLAIN)
+    joint = [
+        replace(i, label="a;b;c" if i.row // 16 % 2 else "b", site=name(900_000 + i.row // 16 % 2))
+        for i in cohort.instances
+    ]
+    cohort = replace(cohort, instances=tuple(joint), task=Task.multilabel(("a", "b", "c")))
+    site = counting._attribute("site", cohort)
+    assert site.association == pytest.approx(1, abs=0.01)
+    assert counting._attribute("sex", cohort).association < 0.1
+    assert [checks._only_value(site, label) for label in "abc"] == [True, False, True]
+    assert "A class with one site only" in judged(quality, cohort)
+
+
 def every_other(row: int) -> str:
     return ("well", "sick")[row // 16 % 2]
 

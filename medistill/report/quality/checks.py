@@ -54,7 +54,7 @@ def _check_attributes(quality: Quality) -> Iterator[Warned]:
 def _only_value(attribute: Attribute, label: str) -> bool:
     """Whether at least five patients of a class share one value that fewer than half of the others have."""
     mine = [value.classes[label] for value in attribute.values]
-    others = [sum(value.classes.values()) - own for value, own in zip(attribute.values, mine, strict=True)]
+    others = [value.total.patients - own for value, own in zip(attribute.values, mine, strict=True)]
     only = [i for i, own in enumerate(mine) if own]
     return len(only) == 1 and mine[only[0]] >= 5 and 0 < 2 * sum(others) > 4 * others[only[0]]
 

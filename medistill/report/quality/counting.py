@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medistill.core.cohort import AGE_BANDS, Cohort, Instance, Split
-from medistill.core.task import Task
+from medistill.core.task import Task, TaskKind
 from medistill.errors import SourceError
 from medistill.ingest.cache import load_cohort
 from medistill.ingest.quarantine import REASON_CODES
@@ -136,8 +136,16 @@ def _attribute(name: str, cohort: Cohort) -> Attribute:
         )
         for number, value in enumerate(order, start=1)
     )
+    return Attribute(name=name, values=values, association=_association(values, cohort.task))
+
+
+def _association(values: Sequence[Value], task: Task) -> float:
+    """Between value and class; of a multilabel task the largest of any class and its absence."""
     table = np.array([list(value.classes.values()) for value in values], dtype=np.float64)
-    return Attribute(name=name, values=values, association=_cramers_v(table))
+    if task.kind is not TaskKind.MULTILABEL:
+        return _cramers_v(table)
+    total = np.array([[value.total.patients] for value in values], dtype=np.float64)
+    return max(_cramers_v(np.hstack([table[:, [c]], total - table[:, [c]]])) for c in range(task.n_classes))
 
 
 def _cramers_v(table: NDArray[np.float64]) -> float:
