@@ -159,6 +159,7 @@ def evaluate(
     """
     import json
 
+    from medistill.core.compute import Compute
     from medistill.evaluate import EvaluationConfig
     from medistill.evaluate import evaluate as compare
     from medistill.release.tensors import load_distilled

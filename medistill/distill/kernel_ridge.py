@@ -197,9 +197,8 @@ class _Run:
         loss = (predicted - member.target).square().mean()
         if self._match:
             k, d = self._classes, features.shape[1]
-            gap = features.view(k, self._ipc, d).mean(1) - member.real[: k * self._per_class].view(k, -1, d).mean(
-                1
-            )
+            real = member.real[: k * self._per_class]  # without those that have no label
+            gap = features.view(k, self._ipc, d).mean(1) - real.view(k, -1, d).mean(1)
             spread = (member.real - member.real.mean(0)).square().sum(1).mean()
             loss = loss + self._match * gap.square().sum(1).mean() / spread
         return loss
