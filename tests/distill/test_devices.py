@@ -1,4 +1,8 @@
-"""Every distiller on a made-up GPU: torch refuses operations on tensors of different devices, as on a real one."""
+"""Every distiller on a made-up GPU: torch refuses operations on tensors of different devices, as on a real one.
+
+Long, and in a run of its own, because torch's made-up tensors have crashed an interpreter that had trained before:
+``uv run pytest -m long tests/distill/test_devices.py``.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from tests.contracts.test_distillers import QUICK
 _ATEN = torch.ops.aten
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore:.*CUDA is not available"),
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
