@@ -90,10 +90,11 @@ def test_auroc_on_the_given_test_split(cohort: Cohort, init: str, ipc: int, want
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     per_seed = np.reshape(distilled, (len(SEEDS), 3)).mean(1)
     print(
-        f"\n{method} from {init}, ipc {ipc}: {len(train)} train images, test {len(test)}; AUROC distilled "
-        f"{np.mean(distilled):.4f} (per seed {np.round(per_seed, 4).tolist()}), random {np.mean(random):.4f}; CPU "
-        f"s {np.round(seconds, 0).tolist()}; peak RSS {peak} MB; correlation with the nearest training image minus "
-        f"that with the nearest held-out image {np.round(gaps, 4).tolist()}; last schedule {release.schedule}"
+        f"\n{method} from {init}, ipc {ipc}: {len(train)} train images, test {len(test)}\n"
+        f"AUROC distilled {np.mean(distilled):.4f} (per seed {np.round(per_seed, 4).tolist()}), "
+        f"random {np.mean(random):.4f}; CPU s {np.round(seconds, 0).tolist()}; peak RSS {peak} MB\n"
+        f"correlation with the nearest training image minus that with the nearest held-out image "
+        f"{np.round(gaps, 4).tolist()}; last schedule {release.schedule}"
     )
     assert np.mean(distilled) >= wanted
     assert max(seconds) <= 120
