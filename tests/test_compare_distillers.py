@@ -16,6 +16,7 @@ import yaml
 
 from medistill.core.images import ImageSet
 from medistill.core.task import Task
+from medistill.distill.schedule import CANDIDATES
 from medistill.errors import ConfigError
 from medistill.evaluate.metrics import METRICS
 from medistill.ingest import IngestConfig, SplitFractions, ingest, load_cohort
@@ -25,8 +26,9 @@ from medistill.studies import processes
 from medistill.studies.budget import FIRST_ITERATIONS, Cost, fit_cost, probe, share_budget
 from medistill.studies.cell import budgeted, error_line, main, nearest
 from medistill.studies.comparison import ComparisonConfig, compare, estimate_seconds, plan_cells
-from medistill.studies.sections import cohort_of
-from tests.conftest import blobs, pseudonym
+from medistill.studies.continual import ContinualConfig
+from medistill.studies.sections import cohort_of, read_study
+from tests.conftest import REPOSITORY, blobs, pseudonym
 from tests.pipelines import run_pipeline
 
 QUICK = {"distribution_matching": {"networks": 1, "iterations": 4}}
@@ -356,12 +358,20 @@ def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path, monkeypa
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize(("name", "sections"), [("compare_distillers", "data"), ("continual_learning", "sites")])
+def test_the_shipped_files_are_read(name: str, sections: str) -> None:
+    _, found, rest = read_study(REPOSITORY / "configs" / f"{name}.yaml", sections)
+    assert found
+    (ComparisonConfig if sections == "data" else ContinualConfig).from_values(rest)
+
+
 def test_the_estimate_counts_budget_and_students(cohort: Path, tmp_path: Path) -> None:
     config = small(methods=["random", "real"], seeds=[0, 1], budget_seconds=100)
     cells = plan_cells(config, {"tiny": (cohort, 16)})
     guess = [estimate_seconds(cell, config) for cell in cells]
     assert guess[0] == guess[1] > 0
-    images = 2 * (2 * 740 + 4 * 300)  # two images; choosing among four schedules, then four students
+    choosing = 2 * sum(candidate.epochs for candidate in CANDIDATES)
+    images = 2 * (choosing + 4 * 300)  # two images; choosing among the schedules, then four students
     assert guess[0] == pytest.approx(images * 16**2 * 1.1e-6)
     longer = small(budget_seconds=100)
     assert estimate_seconds(plan_cells(longer, {"tiny": (cohort, 16)})[0], longer) == pytest.approx(100 + guess[0])

@@ -27,7 +27,7 @@ def run(*arguments: object) -> Done:
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "phantom"
-    write_phantom(folder, PhantomConfig(patients=80, size=48, images_per_patient=(2, 3), burned_in=0.02))
+    write_phantom(folder, PhantomConfig(patients=80, size=48, images_per_patient=(1, 2), burned_in=0.02))
     return folder
 
 

@@ -110,6 +110,7 @@ def test_torch_is_not_imported_where_it_is_not_needed(statement: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_example_of_the_docstring_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

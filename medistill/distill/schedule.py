@@ -28,7 +28,7 @@ CANDIDATES = (
     Schedule(epochs=100, learning_rate=0.01),
     DEFAULT_SCHEDULE,
     Schedule(epochs=300, learning_rate=0.03, weight_decay=0.01),
-    Schedule(epochs=1000, learning_rate=0.03, weight_decay=0.01),
+    Schedule(epochs=600, learning_rate=0.03, weight_decay=0.01),
 )
 _MOST_IMAGES = 600
 _COPIES = 3

@@ -209,6 +209,7 @@ def test_every_interruption_resumes_with_the_same_bits(stop: int, batch: int) ->
     assert torch.equal(whole.views.soft_labels, resumed.views.soft_labels)
 
 
+@pytest.mark.long
 def test_processes_change_no_bit() -> None:
     data = blobs(patients=8)
     teacher, start = _teacher(data), _start(data.task, 2)

@@ -254,6 +254,7 @@ def _trained(data: ImageSet, jobs: int, numbers: range = range(2)) -> list[torch
     return list(train_experts(data, numbers, **settings, seed=5, compute=compute))  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_experts_in_two_processes_have_the_bits_of_one() -> None:
     data = blobs(patients=8)
     one, two = _trained(data, 1), _trained(data, 2)

@@ -99,7 +99,7 @@ def test_audit_prints_controls_and_its_verdict_decides_the_exit_code(ran: dict[s
 
 
 def test_evaluate_compares_all_arms_on_both_splits(ran: dict[str, Result], place: Path) -> None:
-    rows = [line.split()[:2] for line in ran["evaluate"].stdout.splitlines()]
+    rows = [line.split()[1:3] for line in ran["evaluate"].stdout.splitlines()]
     arms = ("real", "random", "distilled", "distilled_hard")
     assert sorted(rows) == sorted([split, arm] for arm in arms for split in ("test", "holdout"))
     assert (place / "run" / "diagnosis.json").exists()

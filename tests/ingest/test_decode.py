@@ -699,7 +699,7 @@ def test_colours_agree_with_pydicom(data: Path) -> None:
             if found[0].presentation is not None or dataset.PhotometricInterpretation == "PALETTE COLOR":
                 continue
             try:
-                rgb = dataset.pixel_array.reshape(len(found), *found[0].stored.shape, 3)
+                rgb = dataset.pixel_array.reshape(len(found), *found[0].stored.shape[:2], 3)
             except RuntimeError:
                 continue
         for frame, other in zip(found, rgb, strict=True):
