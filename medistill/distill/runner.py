@@ -90,8 +90,8 @@ def _automatic(images: int, *, private: bool) -> Method:
         why = f"ridge regression solves for all images at once, which takes long for {images} of them."
         return Method(distillers=("distribution_matching",), why=why)
     why = (
-        "distribution matching from noise, refined by ridge regression with soft labels, was never beaten by more "
-        f"than noise at small budgets (README, what it reaches); {images} images are few enough for it."
+        "of the methods measured at small budgets none did better than distribution matching from noise, refined "
+        f"by ridge regression with soft labels; {images} images are few enough for it."
     )
     return Method(distillers=("distribution_matching", "kernel_ridge"), why=why)
 
