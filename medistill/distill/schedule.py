@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -74,7 +75,9 @@ def choose_schedule(
         Reads non-released data of validation patients; refused under differential privacy by the caller.
     """
     pixels = synthetic.images.numel()
-    affordable = [c for c in candidates if pixels * c.epochs <= _TOO_LONG] or [min(candidates, key=_epochs)]
+    affordable = [c for c in candidates if pixels * c.epochs <= _TOO_LONG] or [
+        min(candidates, key=attrgetter("epochs"))
+    ]
     everything = (*affordable, *((synthetic.schedule,) if synthetic.schedule else ()))
     part = _varied(_part(validation, seed), seed)
     students = students or (1 if pixels * DEFAULT_SCHEDULE.epochs > _LONG else 2)
@@ -100,10 +103,6 @@ def choose_schedule(
         scores[schedule] += _auroc(part, result.probabilities["validation"]) / students
     ranked = sorted(everything, key=lambda schedule: -scores[schedule])
     return tuple(ScheduleScore(schedule=schedule, auroc=scores[schedule]) for schedule in ranked)
-
-
-def _epochs(schedule: Schedule) -> int:
-    return schedule.epochs
 
 
 def _part(validation: ImageSet, seed: int) -> ImageSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,3 +38,25 @@ def percentile_estimate(value: float, draws: NDArray[np.float64], *, n: int) -> 
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(usable, [tail, 100 - tail])
     return Estimate(value=value, low=float(low), high=float(high), confidence=CONFIDENCE, n=n)
+
+
+def over_networks(
+    values: Sequence[Mapping[str, NDArray[np.float64]]],
+    draws: Sequence[Mapping[str, NDArray[np.float64]]],
+    *,
+    n: int,
+) -> tuple[dict[str, Estimate], dict[str, float]]:
+    """Mean over networks of every metric with its interval, and the standard deviation over networks.
+
+    Args:
+        values: Per network, metric name to the plain metric, shape ``(1,)``.
+        draws: Per network, metric name to the metric of every bootstrap draw, shape ``(b,)``.
+        n: Patients behind the interval.
+    """
+    estimates, deviations = {}, {}
+    for metric in values[0]:
+        each = np.array([value[metric][0] for value in values])
+        per_draw = np.mean([draw[metric] for draw in draws], axis=0)
+        estimates[metric] = percentile_estimate(float(each.mean()), per_draw, n=n)
+        deviations[metric] = float(each.std(ddof=1)) if len(each) > 1 else 0.0
+    return estimates, deviations

@@ -22,8 +22,8 @@ from medistill.core.reports import ArmResult, DiagnosticReport
 from medistill.distill.schedule import choose_schedule
 from medistill.distill.start import random_images
 from medistill.errors import DataError
-from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
-from medistill.evaluate.metrics import METRICS, diagnostic_metrics, operating_point
+from medistill.evaluate.bootstrap import over_networks, patient_weights
+from medistill.evaluate.metrics import diagnostic_metrics, operating_point
 from medistill.evaluate.runner import REAL_SCHEDULE
 from medistill.ingest.patches import PatchGrid, cut_patches, patients_positive
 from medistill.networks.convnet import ConvNet
@@ -236,15 +236,10 @@ class _Judged:
 
 
 def _arm_result(name: str, judged: Sequence[_Judged], test: PatchSplit, weights: Floats) -> ArmResult:
-    plain, classes, patients = np.ones((1, weights.shape[1])), test.classes, len(test.judged)
+    plain, classes = np.ones((1, weights.shape[1])), test.classes
     values = [diagnostic_metrics(one.scores, classes, plain, threshold=one.threshold) for one in judged]
     drawn = [diagnostic_metrics(one.scores, classes, weights, threshold=one.threshold) for one in judged]
-    metrics, deviations = {}, {}
-    for metric in METRICS:
-        each = np.array([value[metric][0] for value in values])
-        of_draw = np.mean([draw[metric] for draw in drawn], axis=0)
-        metrics[metric] = percentile_estimate(float(each.mean()), of_draw, n=patients)
-        deviations[metric] = float(each.std(ddof=1)) if len(each) > 1 else 0.0
+    metrics, deviations = over_networks(values, drawn, n=len(test.judged))
     return ArmResult(
         arm=name,
         network="convnet",

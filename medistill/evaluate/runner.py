@@ -17,8 +17,8 @@ from medistill.core.reports import ArmResult, DiagnosticReport, Estimate
 from medistill.core.task import TaskKind
 from medistill.distill.start import random_images
 from medistill.errors import ConfigError
-from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
-from medistill.evaluate.metrics import METRICS, class_aurocs, operating_points, task_metrics
+from medistill.evaluate.bootstrap import over_networks, patient_weights, percentile_estimate
+from medistill.evaluate.metrics import class_aurocs, operating_points, task_metrics
 from medistill.progress import Progress
 from medistill.registry import NETWORKS, nearest
 from medistill.seeds import derive_seed
@@ -216,13 +216,7 @@ def _arm_result(
     targets = test.targets.double().numpy()
     values = [task_metrics(kind, o.probabilities, targets, plain, thresholds=o.thresholds) for o in outputs]
     draws = [task_metrics(kind, o.probabilities, targets, weights, thresholds=o.thresholds) for o in outputs]
-    patients = len(test.unique_patients)
-    estimates, deviations = {}, {}
-    for metric in METRICS:
-        per_seed = np.array([value[metric][0] for value in values])
-        per_draw = np.mean([draw[metric] for draw in draws], axis=0)
-        estimates[metric] = percentile_estimate(float(per_seed.mean()), per_draw, n=patients)
-        deviations[metric] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
+    estimates, deviations = over_networks(values, draws, n=len(test.unique_patients))
     return ArmResult(
         arm=arm,
         network=network,

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.networks.layers import centred, check_shape, normalisation
+from medistill.networks.layers import Classifier, centred, check_shape, normalisation
 
 _SMALLEST = 64
 
 
-class _Adapted(nn.Module):
+class _Adapted(Classifier):
     """A foreign body with a linear layer of ours."""
 
     def __init__(self, task: Task, body: nn.Module, feature_count: int) -> None:
@@ -33,11 +33,6 @@ class _Adapted(nn.Module):
         """Embedding before the linear layer, shape ``(n, feature_count)``."""
         embedding: Tensor = self.body(centred(_enlarged(images)))
         return embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
 
 
 class DenseNet(_Adapted):

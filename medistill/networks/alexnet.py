@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 from medistill.core.task import Task
-from medistill.networks.layers import centred, check_shape, normalisation
+from medistill.networks.layers import Classifier, check_shape, normalisation
 
 _SIDE = 3  #: of the last feature maps; exactly what is left of 28 px
 
 
-class AlexNet(nn.Module):
+class AlexNet(Classifier):
     """Five convolutions with ReLU, pooled after the first, second and fifth; a linear layer.
 
     The feature maps are averaged to 3 wide, so that images of any size are taken; at 28 px this changes nothing.
@@ -46,13 +46,3 @@ class AlexNet(nn.Module):
         self.feature_count = widths[-1] * _SIDE**2
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(_SIDE), nn.Flatten())
         self.head = nn.Linear(self.feature_count, task.n_classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Embedding before the linear layer, shape ``(n, feature_count)``."""
-        embedding: Tensor = self.body(centred(images))
-        return embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits

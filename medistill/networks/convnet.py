@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.networks.layers import centred, normalisation
+from medistill.networks.layers import Classifier, centred, normalisation
 
 _PLANE = 3  #: length of the shape of a plane image, ``(c, h, w)``
 
 
-class ConvNet(nn.Module):
+class ConvNet(Classifier):
     """``depth`` blocks of convolution (3 wide), normalisation, ReLU and average pooling (2 wide); a linear layer.
 
     Normalisation is per image (``instance``) or per group of channels, never across a batch: batch statistics
@@ -69,8 +69,3 @@ class ConvNet(nn.Module):
             else:
                 hidden = F.avg_pool3d(hidden, 2)
         return hidden.flatten(1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits

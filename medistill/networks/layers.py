@@ -1,4 +1,4 @@
-"""What networks share: the check of the image shape, the scaling of pixels and normalisation within an image."""
+"""What networks share: a head on features, the check of the shape, the scaling of pixels, normalisation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from medistill.errors import ConfigError
 
 _PLANE = 3  #: length of the shape of a plane image, ``(c, h, w)``
 NORMS = ("instance", "group", "batch", "none")
+
+
+class Classifier(nn.Module):
+    """A linear ``head`` on features, which are those of ``body`` where a network says nothing else."""
+
+    body: nn.Module
+    head: nn.Linear
+
+    def features(self, images: Tensor) -> Tensor:
+        """Embedding before the last layer, shape ``(n, feature_count)``."""
+        embedding: Tensor = self.body(centred(images))
+        return embedding
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
 
 def check_shape(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from medistill.core.task import Task
-from medistill.networks.layers import centred, check_shape
+from medistill.networks.layers import Classifier, check_shape
 
 _SIDE = 5  #: of the last feature maps; exactly what is left of 28 px
 
 
-class LeNet(nn.Module):
+class LeNet(Classifier):
     """Two blocks of convolution (5 wide), ReLU and pooling (2 wide), then layers of 120 and 84 units.
 
     The feature maps are averaged to 5 wide, so that images of any size are taken; at 28 px this changes nothing.
@@ -46,13 +46,3 @@ class LeNet(nn.Module):
             nn.Linear(20 * width, self.feature_count), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(self.feature_count, task.n_classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Embedding before the last layer, shape ``(n, feature_count)``."""
-        embedding: Tensor = self.body(centred(images))
-        return embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits

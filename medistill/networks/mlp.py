@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.networks.layers import centred, check_shape
+from medistill.networks.layers import Classifier, check_shape
 
 
-class MLP(nn.Module):
+class MLP(Classifier):
     """``depth`` layers of ``width`` units with ReLU; a linear layer.
 
     Args:
@@ -35,13 +35,3 @@ class MLP(nn.Module):
         self.feature_count = width
         self.body = nn.Sequential(nn.Flatten(), *layers)
         self.head = nn.Linear(width, task.n_classes)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Embedding before the last layer, shape ``(n, feature_count)``."""
-        embedding: Tensor = self.body(centred(images))
-        return embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits

@@ -7,13 +7,13 @@ from torch.nn import functional as F
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.networks.layers import centred, check_shape, normalisation
+from medistill.networks.layers import Classifier, centred, check_shape, normalisation
 
 _SMALL = 64  #: below this side the stem keeps the resolution
 _BLOCKS = {10: 1, 18: 2}  #: residual blocks in each of the four stages, by depth
 
 
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """Four stages of residual blocks (two convolutions 3 wide), global average pooling, a linear layer.
 
     The stem is that of the paper (7 wide, stride 2, then max pooling); images below 64 px get one convolution
@@ -68,11 +68,6 @@ class ResNet(nn.Module):
         """Embedding before the linear layer, shape ``(n, feature_count)``."""
         hidden: Tensor = self.stages(self.stem(centred(images)))
         return hidden.flatten(2).mean(2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
 
 
 class _Block(nn.Module):

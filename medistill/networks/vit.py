@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from medistill.core.task import Task
 from medistill.errors import ConfigError
-from medistill.networks.layers import centred, check_shape, normalisation
+from medistill.networks.layers import Classifier, centred, check_shape, normalisation
 
 
-class ViT(nn.Module):
+class ViT(Classifier):
     """Patches, embedded with their position, through ``depth`` transformer blocks; their mean; a linear layer.
 
     As in compact transformers for few images: patches are embedded by convolutions instead of one matrix,
@@ -69,11 +69,6 @@ class ViT(nn.Module):
         tokens = self.embed(centred(images)).flatten(2).transpose(1, 2) + self._positions
         embedding: Tensor = self.norm(self.blocks(tokens)).mean(1)
         return embedding
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape ``(n, k)`` for images in ``[0, 1]``."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
 
 
 def _stem(stem: str, channels: int, width: int, halvings: int, *, plane: bool) -> nn.Module:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medistill.core.reports import Estimate
 from medistill.report.chart import Point, Series, chart, colour
 from medistill.report.plots import Axis, track
 from medistill.report.png import data_uri
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from medistill.report.templates import markup, style, template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +109,12 @@ def render_comparison(
                 ],
             }
         )
-    return _template().render(
+    return template("comparison.html.j2").render(
         title=title,
         facts=facts,
         groups=groups,
         by_ipc=[found for data in dict.fromkeys(row.data for row in rows) if (found := _by_ipc(data, rows))],
-        style=_style(),
+        style=style("page.css", "chart.css"),
         track=track,
         colour=colour,
         several_networks=len({row.network for row in rows}) > 1,
@@ -174,7 +170,7 @@ def _against_cost(rows: Sequence[Row]) -> dict[str, Any]:
     drawn = chart(
         series, x_label="CPU seconds of the distillation", y_label="AUROC", log=True, reference=_reference(rows)
     )
-    return {"svg": _safe(drawn), "names": [one.name for one in series]}
+    return {"svg": markup(drawn), "names": [one.name for one in series]}
 
 
 def _by_ipc(data: str, rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -194,25 +190,4 @@ def _by_ipc(data: str, rows: Sequence[Row]) -> dict[str, Any] | None:
         categories=[(count, str(count)) for count in counts],
         reference=_reference(own),
     )
-    return {"data": data, "svg": _safe(drawn), "names": [one.name for one in series]}
-
-
-def _safe(markup: str) -> str:
-    from markupsafe import Markup  # noqa: PLC0415
-
-    return Markup(markup)  # noqa: S704 - the chart escapes every name
-
-
-@cache
-def _style() -> str:
-    package = files("medistill.report")
-    return _safe("\n".join(package.joinpath(name).read_text("utf-8") for name in ("page.css", "chart.css")))
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("medistill.report").joinpath("comparison.html.j2").read_text("utf-8")
-    return environment.from_string(source)
+    return {"data": data, "svg": markup(drawn), "names": [one.name for one in series]}

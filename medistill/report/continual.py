@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from medistill.core.reports import Estimate
 from medistill.report.chart import Point, Series, chart, colour
+from medistill.report.templates import markup, style, template
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from markupsafe import Markup
 
 
@@ -73,7 +71,9 @@ def render_continual(curves: Sequence[Curve], *, facts: Mapping[str, str]) -> st
                 "names": [curve.arm for curve in own],
             }
         )
-    return _template().render(groups=groups, facts=facts, style=_style(), colour=colour)
+    return template("continual.html.j2").render(
+        groups=groups, facts=facts, style=style("page.css", "chart.css"), colour=colour
+    )
 
 
 def _chart(curves: Sequence[Curve], metric: str, label: str) -> Markup:
@@ -90,25 +90,4 @@ def _chart(curves: Sequence[Curve], metric: str, label: str) -> Markup:
     drawn = chart(
         series, x_label="classes seen", y_label=label, categories=[(count, str(count)) for count in counts]
     )
-    return _safe(drawn)
-
-
-def _safe(markup: str) -> Markup:
-    from markupsafe import Markup  # noqa: PLC0415
-
-    return Markup(markup)  # noqa: S704 - the chart escapes every name
-
-
-@cache
-def _style() -> Markup:
-    package = files("medistill.report")
-    return _safe("\n".join(package.joinpath(name).read_text("utf-8") for name in ("page.css", "chart.css")))
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("medistill.report").joinpath("continual.html.j2").read_text("utf-8")
-    return environment.from_string(source)
+    return markup(drawn)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,10 +28,11 @@ from medistill.report.disclosure import (
 )
 from medistill.report.plots import Axis, Track, auroc_axis, full_axis, track
 from medistill.report.png import MIDDLE_SLICES, data_uri, encode, picture
+from medistill.report.templates import style, template
 from medistill.report.wording import three_lines
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 __all__ = ["render_report", "three_lines"]
 
@@ -84,9 +83,9 @@ def render_report(
         Reads counts and measurements of real patients; every count is rounded down to tens.
     """
     summary = three_lines(distilled, audit, diagnosis)
-    return _template().render(
+    return template("template.html.j2").render(
         name=wording.one_line(name),
-        style=_style(),
+        style=style("page.css"),
         summary=dict(zip(("What it is", "What is guaranteed", "What was measured"), summary, strict=True)),
         badges=_badges(distilled, audit),
         warnings=wording.warnings_of(distilled, audit, forced_reason),
@@ -105,22 +104,6 @@ def render_report(
         rounding_note=ROUNDING_NOTE,
         not_covered_note=NOT_COVERED_NOTE,
     )
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("medistill.report").joinpath("template.html.j2").read_text("utf-8")
-    return environment.from_string(source)
-
-
-@cache
-def _style() -> str:
-    from markupsafe import Markup  # noqa: PLC0415
-
-    return Markup(files("medistill.report").joinpath("page.css").read_text("utf-8"))  # noqa: S704 - our own file
 
 
 def _badges(distilled: DistilledSet, audit: AuditReport | None) -> list[dict[str, str]]:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from medistill.core.distilled import DistilledSet
 from medistill.core.reports import DiagnosticReport
 from medistill.report.plots import full_axis, track
 from medistill.report.png import data_uri, encode, picture
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from medistill.report.templates import template
 
 
 def render_patients(report: DiagnosticReport, sets: Mapping[str, DistilledSet], *, metrics: Sequence[str]) -> str:
@@ -37,7 +32,7 @@ def render_patients(report: DiagnosticReport, sets: Mapping[str, DistilledSet], 
         }
         for arm in report.arms
     ]
-    return _template().render(
+    return template("patients.html.j2").render(
         rows=rows,
         metrics=[name.replace("_", " ") for name in metrics],
         classes=report.class_names,
@@ -53,11 +48,3 @@ def _figures(made: DistilledSet) -> list[tuple[str, str]]:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, soft, strict=True))
         figures.append((data_uri(encode(picture(image))), f"made for {names[label]}: {shares}"))
     return figures
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
-    text = files("medistill.report").joinpath("patients.html.j2").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)

@@ -8,8 +8,6 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +26,11 @@ from medistill.report.quality.checks import GOES_WITH, SHORTCUT, share
 from medistill.report.quality.pixels import blocks, sampled_instances, scaled
 from medistill.report.quality.records import Attribute, Intensity, PerPatient, Quality
 from medistill.report.quality.terminal import between, first_values, is_given
+from medistill.report.templates import style, template
 from medistill.report.wording import one_line
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 MOST_PICTURES = 72  #: images on the contact sheet
 _THUMBNAIL = 160
@@ -187,9 +186,9 @@ def _average(cohort: Cohort, label: str, seed: int) -> Tensor | None:
 
 def _page(quality: Quality, cohort: Cohort, pictures: Sequence[_Group]) -> str:
     averages = {label: _average(cohort, label, quality.seed) for label in quality.classes}
-    return _template().render(
+    return template("quality.html.j2").render(
         quality=quality,
-        style=_style(),
+        style=style("page.css"),
         stays=_STAYS,
         share=share,
         purpose=wording.SPLITS,
@@ -211,21 +210,6 @@ def _page(quality: Quality, cohort: Cohort, pictures: Sequence[_Group]) -> str:
         shortcut_limit=SHORTCUT,
         per_patient=_drawn_counts(quality.per_patient),
     )
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("medistill.report").joinpath("quality.html.j2").read_text("utf-8"))
-
-
-@cache
-def _style() -> str:
-    from markupsafe import Markup  # noqa: PLC0415
-
-    return Markup(files("medistill.report").joinpath("page.css").read_text("utf-8"))  # noqa: S704 - our own file
 
 
 def _source(image: Tensor) -> str:
