@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 
 from medistill.core.compute import Compute
 from medistill.core.distilled import Schedule, ViewLabels
-from medistill.core.guarantee import PrivacyStatement
+from medistill.core.guarantee import PrivacyPlan, PrivacyStatement
 from medistill.core.images import ImageSet
 from medistill.core.task import Task
 from medistill.progress import Progress
 
 #: Maps images ``(n, c, h, w)`` and targets ``(n, k)`` to one row per image, ``(n, d)``.
 Embed = Callable[[Tensor, Tensor], Tensor]
+#: Maps logits ``(n, k)`` and targets ``(n, k)`` to one loss per image, ``(n,)``.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Curator(Protocol):
@@ -30,8 +33,39 @@ class Curator(Protocol):
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image, ``(c, h, w)`` or ``(c, d, h, w)``; public."""
 
-    def sum(self, embed: Embed) -> Tensor:
-        """One row per patient (the mean over the patient's images), summed over patients, shape ``(d,)``."""
+    def sum(self, embed: Embed, *, clip_norm: float = math.inf, sampling_rate: float = 1.0) -> Tensor:
+        """One row per patient (the mean over the patient's images), summed over patients, shape ``(d,)``.
+
+        Args:
+            embed: Gives one row per image, whatever other images are beside it.
+            clip_norm: A private curator shortens longer rows of patients to this l2 norm, and needs it finite.
+            sampling_rate: Probability with which a private curator lets each patient take part.
+        """
+
+    def gradient(
+        self, network: nn.Module, loss: Loss, *, clip_norm: float = math.inf, sampling_rate: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Gradient of each patient's mean loss, summed over patients; divide by a public expected number.
+
+        Args:
+            network: Its trainable parameters are differentiated; nothing in it may tie images together.
+            loss: Gives one loss per image.
+            clip_norm: As in :meth:`sum`, of all parameters together.
+            sampling_rate: As in :meth:`sum`.
+
+        Returns:
+            Names of the parameters and their sums.
+        """
+
+    def noise(self, position: int) -> float:
+        """Standard deviation of the noise on an answer, over ``clip_norm``; public. 0 where answers are exact.
+
+        Args:
+            position: Which query of the plan, counted from 0.
+        """
+
+    def resume(self, answered: int) -> None:
+        """Go on after this many queries: the distiller has kept what it made of the answers."""
 
     def images(self) -> ImageSet:
         """Raw access; a private curator refuses with :class:`medistill.errors.PrivacyError`."""
@@ -143,6 +177,13 @@ class Workbench:
 
 class Distiller(Protocol):
     """Turns a curator's answers into a few synthetic images. Fields are its published settings."""
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Everything it will ask a curator; follows from its settings and public facts alone.
+
+        Raises:
+            PrivacyError: If it needs the images themselves.
+        """
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench

@@ -1,5 +1,6 @@
 """The only place where a guarantee can be made."""
 
-from medistill.privacy.curator import OpenCurator
+from medistill.privacy.curator import OpenCurator, PrivateCurator
+from medistill.privacy.ledger import Ledger
 
-__all__ = ["OpenCurator"]
+__all__ = ["Ledger", "OpenCurator", "PrivateCurator"]

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import hashlib
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 
-from medistill.core.guarantee import PrivacyStatement
+import torch
+from torch import Tensor, nn
+
+from medistill.core.guarantee import Budget, PrivacyPlan, PrivacyStatement, QueryKind
 from medistill.core.images import ImageSet
-from medistill.core.protocols import Embed
+from medistill.core.protocols import Embed, Loss
 from medistill.core.task import Task
+from medistill.errors import PrivacyError
+from medistill.privacy.accounting import PATIENCE
+from medistill.privacy.answers import Answers, packed
+from medistill.privacy.calibration import calibrate, mechanisms_of
+from medistill.privacy.clipping import check_clip_norm, clipped, grid_step, on_grid
+from medistill.privacy.contributions import images_of, patient_rows
+from medistill.privacy.gradients import ImageGradients
+from medistill.privacy.ledger import Ledger, Reservation
+from medistill.privacy.noise import SYSTEM, Entropy, gaussian, sampled
 
 _CHUNK = 256
+_MATRIX = 2
+_PROBES = 3
+_APART = 0.02  # the same numbers in half precision and another order
+#: What every private release takes for granted.
+ASSUMED = (
+    "Images reach the unit interval by a fixed public scaling, and every image names its patient.",
+    "Settings, image size, class names and images per class were chosen without looking at these patients.",
+    "Whoever runs the distillation is trusted, and running times are not published.",
+    "Other releases of the same patients add up; the ledger of the cohort counts them.",
+)
 
 
 class OpenCurator:
@@ -37,24 +63,50 @@ class OpenCurator:
         return tuple(self._images.images.shape[1:])
 
     @torch.no_grad()
-    def sum(self, embed: Embed) -> Tensor:
+    def sum(self, embed: Embed, *, clip_norm: float = math.inf, sampling_rate: float = 1.0) -> Tensor:
         """One row per patient (the mean over the patient's images), summed over patients, shape ``(d,)``.
 
         Every patient weighs the same, however many images there are of them; memory does not grow with the
-        number of images.
+        number of images. Nothing is clipped and nobody is left out.
         """
+        total: Tensor | None = None
+        for images, targets, shares in self._parts():
+            rows = embed(images, targets)
+            answer = shares.to(rows) @ rows
+            total = answer if total is None else total + answer
+        assert total is not None
+        return total
+
+    def gradient(
+        self, network: nn.Module, loss: Loss, *, clip_norm: float = math.inf, sampling_rate: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Gradient of each patient's mean loss, summed over patients; nothing is clipped and nobody left out."""
+        trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        total = {name: torch.zeros_like(value) for name, value in trained.items()}
+        device = next(iter(trained.values())).device
+        for images, targets, shares in self._parts():
+            losses = loss(network(images.to(device)), targets.to(device))
+            found = torch.autograd.grad((shares.to(losses) * losses).sum(), list(trained.values()))
+            for name, part in zip(total, found, strict=True):
+                total[name] += part
+        return total
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, targets and each image's share of its patient, some at a time."""
         counts: dict[str, int] = {}
         for patient in self._images.patients:
             counts[patient] = counts.get(patient, 0) + 1
         shares = torch.tensor([1.0 / counts[patient] for patient in self._images.patients])
-        total: Tensor | None = None
         for start in range(0, len(self._images), _CHUNK):
             part = slice(start, start + _CHUNK)
-            rows = embed(self._images.images[part], self._images.targets[part])
-            answer = shares[part].to(rows) @ rows
-            total = answer if total is None else total + answer
-        assert total is not None
-        return total
+            yield self._images.images[part], self._images.targets[part], shares[part]
+
+    def noise(self, position: int) -> float:
+        """0: answers are exact."""
+        return 0.0
+
+    def resume(self, answered: int) -> None:
+        """Nothing to do: nothing is counted."""
 
     def images(self) -> ImageSet:
         """Raw access to all images."""
@@ -63,3 +115,295 @@ class OpenCurator:
     def statement(self) -> PrivacyStatement:
         """Nothing is proved: answers are exact."""
         return PrivacyStatement.nothing_proved("distilled without differential privacy.")
+
+
+class PrivateCurator:
+    r"""Answers the queries of a plan with noise; differentially private for each patient.
+
+    Query :math:`i` of the plan is answered by
+
+    .. math:: T_i = \sum_{p \in B_i} \operatorname{clip}_C\Big(\tfrac{1}{n_p} \sum_j \phi_i(x_{pj})\Big)
+        + \sigma_i C \, \mathcal{N}(0, I)
+
+    where each patient is in :math:`B_i` with the query's sampling rate, on their own. The whole plan is written to
+    the ledger before the first answer, and the hash of every answer before it is given; nothing else is answered.
+
+    Args:
+        images: The images distilled from. Every image needs a patient.
+        budget: What this release may spend.
+        plan: Everything that will be asked, in order.
+        ledger: The cohort's.
+        store: Folder in which answers are kept. A second run there takes them up and spends nothing twice; without
+            it an interrupted run has to begin, and spend, anew.
+        recipe: Fingerprint of the release's recipe, for the ledger.
+        seconds: Longest time for each accountant.
+
+    Raises:
+        PrivacyError: If the plan cannot be kept to the budget, or the ledger refuses it.
+
+    Privacy:
+        (epsilon, delta)-differentially private for each patient, one patient added or removed, as
+        :meth:`statement` says; ``medistill/privacy/README.md`` has the proof and its limits.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        budget: Budget,
+        plan: PrivacyPlan,
+        ledger: Ledger,
+        store: Path | None = None,
+        recipe: str = "",
+        seconds: float = PATIENCE,
+        _entropy: Entropy = SYSTEM,
+    ) -> None:
+        if not all(patient.strip() for patient in images.patients):
+            raise PrivacyError(
+                "An image names no patient, so nobody's privacy can be bounded. Give every image one."
+            )
+        self._images, self._budget, self._plan = images, budget, plan
+        self._patients = images_of(images.patients)
+        self._ledger, self._entropy = ledger, _entropy
+        self._answers = Answers(store) if store else None
+        self._next = 0
+        self._reservation = self._taken_up(recipe) or self._reserved(recipe, seconds)
+        self._sealed = dict(self._reservation.sealed)
+
+    def _taken_up(self, recipe: str) -> Reservation | None:
+        """The reservation that the kept answers belong to, if there is one."""
+        identity = self._answers.reservation if self._answers else None
+        found = self._ledger.find(identity) if identity else None
+        if found is None:
+            if self._answers and self._answers.any():
+                raise PrivacyError(
+                    "The ledger does not hold the reservation that the kept answers belong to. Put the cohort's "
+                    "own ledger back, or name another folder; a new release spends its budget anew."
+                )
+            return None
+        if (found.plan, found.budget, found.recipe) != (self._plan, self._budget, recipe):
+            raise PrivacyError(
+                "The kept answers belong to another plan, budget or recipe. Name another folder; a new release "
+                "spends its budget anew."
+            )
+        return found
+
+    def _reserved(self, recipe: str, seconds: float) -> Reservation:
+        calibrated = calibrate(self._budget, self._plan, seconds=seconds)
+        reservation = Reservation(
+            identity=secrets.token_hex(16),
+            plan=self._plan,
+            noise_multipliers=calibrated.noise_multipliers,
+            budget=self._budget,
+            recipe=recipe,
+            epsilon=calibrated.bound.epsilon,
+            accountants=calibrated.bound.accountants,
+            date=datetime.now(UTC).date().isoformat(),
+        )
+        if self._answers:  # first, so that a reservation is never written that nobody finds again
+            self._answers.belong_to(reservation.identity)
+        self._ledger.reserve(reservation, seconds=seconds)
+        return reservation
+
+    @property
+    def task(self) -> Task:
+        """What is diagnosed; public."""
+        return self._images.task
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image; public."""
+        return tuple(self._images.images.shape[1:])
+
+    @property
+    def identity(self) -> str:
+        """Random name of this release's reservation; what is kept between runs can be named by it."""
+        return self._reservation.identity
+
+    @torch.no_grad()
+    def sum(self, embed: Embed, *, clip_norm: float = math.inf, sampling_rate: float = 1.0) -> Tensor:
+        """The next query: a noisy sum of clipped rows, one per patient.
+
+        Args:
+            embed: A fixed function that gives one row per image, whatever other images are beside it. It is first
+                tried on made-up images.
+            clip_norm: Longest row of a patient; needed.
+            sampling_rate: As declared.
+
+        Returns:
+            Shape ``(d,)``, on the device and in the precision of the rows.
+
+        Raises:
+            PrivacyError: If this is not what the plan says, the clip norm bounds nothing, or rows depend on other
+                images.
+        """
+        self._check(QueryKind.SUM, clip_norm, sampling_rate)
+        like = self._tried(embed)
+
+        def rows(patients: list[list[int]]) -> Iterator[Tensor]:
+            return patient_rows(self._images, patients, embed, chunk=_CHUNK)
+
+        return self._answer(rows, like.shape[1], clip_norm).to(like)
+
+    def gradient(
+        self, network: nn.Module, loss: Loss, *, clip_norm: float = math.inf, sampling_rate: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The next query: a noisy sum of clipped gradients, one per patient, of the mean loss of their images.
+
+        Args:
+            network: Every image goes through it alone.
+            loss: One loss per image.
+            clip_norm: Longest gradient of a patient, all parameters together; needed.
+            sampling_rate: As declared.
+
+        Returns:
+            Names of the trainable parameters and their sums.
+
+        Raises:
+            PrivacyError: If this is not what the plan says, the clip norm bounds nothing, or the network ties
+                images together.
+        """
+        self._check(QueryKind.GRADIENT, clip_norm, sampling_rate)
+        gradients = ImageGradients(network, loss, self.image_shape)
+
+        def rows(patients: list[list[int]]) -> Iterator[Tensor]:
+            return patient_rows(self._images, patients, gradients, chunk=gradients.chunk)
+
+        # Single precision is enough for a step, and answers of many steps lie on the disk.
+        return gradients.split(self._answer(rows, gradients.numbers, clip_norm, dtype=torch.float32))
+
+    def noise(self, position: int) -> float:
+        """Standard deviation of the noise on an answer, over ``clip_norm``; public."""
+        first = 0
+        for query, sigma in zip(self._plan.queries, self._reservation.noise_multipliers, strict=True):
+            if first <= position < first + query.count:
+                return sigma
+            first += query.count
+        raise PrivacyError(f"The plan has {first} queries; there is none at position {position}.")
+
+    def resume(self, answered: int) -> None:
+        """Go on after this many queries; answers before are no longer needed, and deleted.
+
+        Raises:
+            PrivacyError: If the plan has fewer.
+        """
+        if not 0 <= answered <= self._plan.total:
+            raise PrivacyError(
+                f"The plan has {self._plan.total} queries, so {answered} cannot have been answered."
+            )
+        self._next = max(self._next, answered)
+        if self._answers:
+            self._answers.forget_before(answered)
+
+    def close(self) -> None:
+        """Let another process take up the kept answers; also done when nobody holds the curator any more."""
+        if self._answers:
+            self._answers.close()
+
+    def images(self) -> ImageSet:
+        """Refused.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise PrivacyError(
+            "This needs the images themselves, which differential privacy does not allow: real starts, coresets, "
+            "batch statistics and selection on real images. Take a method that asks for sums only, and start from "
+            "noise."
+        )
+
+    def statement(self) -> PrivacyStatement:
+        """What is proved: the epsilon of the whole plan, however much of it was asked."""
+        mechanisms = mechanisms_of(self._plan, self._reservation.noise_multipliers)
+        return PrivacyStatement(
+            epsilon=self._reservation.epsilon,
+            delta=self._budget.delta,
+            accountants=self._reservation.accountants,
+            event=tuple(
+                f"{query.purpose}: {mechanism.sentence}"
+                for query, mechanism in zip(self._plan.queries, mechanisms, strict=True)
+            ),
+            assumptions=tuple(dict.fromkeys((*ASSUMED, *self._plan.assumptions))),
+        )
+
+    # -- one query ---------------------------------------------------------------------------------------------
+
+    def _check(self, kind: QueryKind, clip_norm: float, sampling_rate: float) -> None:
+        declared = self._plan.at(self._next)
+        if declared is None:
+            raise PrivacyError(f"All {self._plan.total} queries of the plan were asked; nothing more is answered.")
+        if (declared.kind, declared.sampling_rate) != (kind, sampling_rate):
+            raise PrivacyError(
+                f"Query {self._next + 1} was declared as {declared.kind.value} at sampling rate "
+                f"{declared.sampling_rate:g}, not {kind.value} at {sampling_rate:g}. Nothing else is answered."
+            )
+        check_clip_norm(clip_norm)
+
+    def _tried(self, embed: Embed) -> Tensor:
+        """Rows of made-up images, after seeing that each is the same without the others."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand((_PROBES, *self.image_shape), generator=generator)
+        targets = torch.eye(self.task.n_classes)[torch.arange(_PROBES) % self.task.n_classes]
+        together = embed(images, targets)
+        alone = torch.cat([embed(images[i : i + 1], targets[i : i + 1]) for i in range(_PROBES)])
+        gap = (together - alone).abs().max() if together.shape == alone.shape else math.inf
+        if together.ndim != _MATRIX or not gap <= _APART * alone.abs().max():
+            raise PrivacyError(
+                "Rows must be a fixed function of single images, one each: the same images gave other rows when "
+                "they were alone. Clipping bounds nobody's influence then. Remove batch statistics and randomness."
+            )
+        return together
+
+    def _answer(
+        self,
+        rows: Callable[[list[list[int]]], Iterator[Tensor]],
+        length: int,
+        clip_norm: float,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """The answer kept for this query, or else a new one, sealed before it is given."""
+        position = self._next
+        if position in self._sealed:
+            if self._answers is None:
+                raise PrivacyError(f"The answer to query {position + 1} was given and not kept; it is given once.")
+            answer = self._answers.read(position, self._sealed[position])
+        else:
+            begun = self._unsealed(position)
+            answer = self._drawn(rows, length, clip_norm, dtype) if begun is None else begun
+            self._seal(position, answer)
+        if answer.shape != (length,):
+            raise PrivacyError(f"The kept answer to query {position + 1} has another length than asked for now.")
+        self._next += 1
+        return answer
+
+    def _unsealed(self, position: int) -> Tensor | None:
+        """An answer of a process that ended before it sealed it: given to nobody, and not drawn again."""
+        digest = self._answers.digest(position) if self._answers else None
+        return self._answers.read(position, digest) if self._answers and digest else None
+
+    def _seal(self, position: int, answer: Tensor) -> None:
+        content = packed(answer)
+        if self._answers:
+            self._answers.keep(position, content)
+        digest = hashlib.sha256(content).hexdigest()
+        self._ledger.seal(self._reservation.identity, position, digest)
+        self._sealed[position] = digest
+
+    def _drawn(
+        self,
+        rows: Callable[[list[list[int]]], Iterator[Tensor]],
+        length: int,
+        clip_norm: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Sampled patients' clipped rows, summed exactly on a grid, and noise on the same grid."""
+        query = self._plan.at(self._next)
+        assert query is not None
+        drawn = sampled(len(self._patients), query.sampling_rate, entropy=self._entropy)
+        step = grid_step(clip_norm)
+        total = torch.zeros(length, dtype=torch.int64)
+        for own in rows([self._patients[i] for i in drawn.nonzero().flatten().tolist()]):
+            total += on_grid(clipped(own, clip_norm), step).sum(0)
+        noise = gaussian((length,), self.noise(self._next) * clip_norm, entropy=self._entropy)
+        total += torch.round(noise / step).to(torch.int64)
+        return (total.double() * step).to(dtype)
