@@ -67,6 +67,7 @@ DISTILLERS = Registry(
         "kernel_ridge": "medistill.distill.kernel_ridge:KernelRidge",
         "soft_label": "medistill.distill.soft_label:SoftLabel",
         "sre2l": "medistill.distill.sre2l:SRe2L",
+        "surrogate": "medistill.distill.surrogate:Surrogate",
         "trajectory_matching": "medistill.distill.trajectory_matching:TrajectoryMatching",
     },
 )

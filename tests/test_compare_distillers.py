@@ -26,6 +26,7 @@ from medistill.studies import processes
 from medistill.studies.budget import FIRST_ITERATIONS, Cost, fit_cost, probe, share_budget
 from medistill.studies.cell import budgeted, error_line, main, nearest
 from medistill.studies.comparison import ComparisonConfig, compare, estimate_seconds, plan_cells
+from medistill.studies.contest import Cell, Contestant
 from medistill.studies.continual import ContinualConfig
 from medistill.studies.sections import cohort_of, read_study
 from tests.conftest import REPOSITORY, blobs, pseudonym
@@ -125,6 +126,17 @@ def test_resolved_iterations_join_the_settings() -> None:
         "costs": {"a": {"fixed": 0.0, "per_step": 1.0}, "b": {"fixed": 2.0, "per_step": 2.0}},
     }
     assert budgeted(request) == {"a": {"rate": 1.0, "iterations": 4}, "b": {"iterations": 2}}
+
+
+def test_a_method_may_keep_its_own_iterations(tmp_path: Path) -> None:
+    both = [Contestant(method="kernel_ridge", label=f"own {own}", own_iterations=own) for own in (True, False)]
+    kept, timed = (
+        Cell(data="d", cohort=tmp_path, size=16, contestant=one, ipc=1, seed=0, digest="0") for one in both
+    )
+    config = ComparisonConfig(methods=tuple(both), budget_seconds=5.0)
+    assert not kept.probes(config)
+    assert kept.request(config)["budget_seconds"] is None
+    assert list(timed.probes(config)) == ["kernel_ridge"]
 
 
 # -- the configuration -------------------------------------------------------------------------------------------

@@ -147,6 +147,17 @@ class ViewLabels:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    @property
+    def are_tiles(self) -> bool:
+        """Whether the views of an image do not overlap: the image is a mosaic of several smaller ones."""
+        low, high = self.boxes[:, None].chunk(2, dim=3)
+        apart = ((high <= low.transpose(0, 1)) | (high.transpose(0, 1) <= low)).any(3)
+        return len(self) > 1 and bool((apart | torch.eye(len(self), dtype=torch.bool)[:, :, None]).all())
+
+    def with_labels(self, labels: Tensor) -> ViewLabels:
+        """The same boxes, every view with the label of its whole image, shape ``(m, k)``, at temperature 1."""
+        return ViewLabels(boxes=self.boxes, soft_labels=labels.expand(len(self), -1, -1), temperature=1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistilledSet:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from medistill.core.compute import Compute, fresh
 from medistill.core.distilled import Schedule
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task
-from medistill.distill.start import Pick, choose_images, random_images
+from medistill.distill.start import Pick, choose_images, needs_images, random_images
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
@@ -66,6 +67,14 @@ class Coreset:
             raise ConfigError(f"Expected selection to be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
         if self.epochs < 0 or self.width < 1:
             raise ConfigError(f"Expected epochs >= 0 and width >= 1, got {self.epochs} and {self.width}.")
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Refused: it needs the images themselves.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise needs_images("coreset")
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench

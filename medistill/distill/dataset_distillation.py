@@ -9,11 +9,12 @@ from torch import Generator, Tensor, nn
 
 from medistill.core.compute import fresh
 from medistill.core.distilled import Recipe, Schedule
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task
 from medistill.distill.batches import balanced_batch
 from medistill.distill.finite import check_finite
-from medistill.distill.start import check_init, initial
+from medistill.distill.start import check_init, initial, needs_images
 from medistill.distill.unrolled import (
     Learned,
     Training,
@@ -123,6 +124,14 @@ class DatasetDistillation:
             raise ConfigError(f"Expected window from 0 to steps x epochs, got {self.window}.")
         if min(self.inner_rate, self.image_rate, self.rate_rate, self.clip) <= 0:
             raise ConfigError("Expected inner_rate, image_rate, rate_rate and clip > 0.")
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Refused: it needs the images themselves.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise needs_images("dataset_distillation")
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from medistill.core.compute import Compute, fresh
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.protocols import Curator, Embed, Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
+from medistill.distill.formation import check_formation, formed, initial_formation, labels_of_tiles
+from medistill.distill.moments import Teacher, ask_moments, moments_plan
 from medistill.distill.start import check_init, initial
-from medistill.errors import ConfigError, DataError
+from medistill.errors import ConfigError, DataError, PrivacyError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.fit import cache_sized
+from medistill.training.views import tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,44 +42,67 @@ class DistributionMatching:
         networks: Random networks whose class means are matched.
         iterations: Steps on the synthetic images.
         rate: Adam step size, cosine-decayed to a hundredth.
+        formation: Tiles along one side of an image, see :mod:`medistill.distill.formation`; 1 for none.
         init: ``"noise"`` or ``"real"``.
         width: Width of the networks.
+        dimension: Most public features that a private curator is asked for.
         checkpoint_every: Steps between checkpoints.
 
     References:
         Zhao & Bilen, WACV 2023, arXiv:2110.04181.
 
     Privacy:
-        Asks the curator for sums over patients only, so a private curator can answer.
+        Asks the curator for sums over patients only. A private curator is asked for two sums instead of one per
+        network (:mod:`medistill.distill.moments`): the images match the class means of up to ``dimension`` public
+        features, and have the soft labels of linear discriminants that follow from the same two answers.
     """
 
     networks: int = 15
     iterations: int = 1000
     rate: float = 0.01
+    formation: int = 1
     init: str = "noise"
     width: int = 32
+    dimension: int = 128
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
         check_init(self.init)
+        check_formation(self.formation)
         if min(self.networks, self.iterations, self.width, self.checkpoint_every) < 1 or self.rate <= 0:
             raise ConfigError("Expected networks, iterations, width and checkpoint_every >= 1 and rate > 0.")
+        if self.dimension < 2:
+            raise ConfigError(f"Expected dimension >= 2, got {self.dimension}.")
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Two sums.
+
+        Raises:
+            PrivacyError: If the start is real, or images are to be mosaics.
+        """
+        if self.init == "real" or self.formation > 1:
+            raise PrivacyError("Under differential privacy expected init 'noise' and formation 1.")
+        return moments_plan()
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Ask for the class means once, then match them; resumes with the same bits."""
-        first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
+        if curator.noise(0) > 0:
+            return self._distill_privately(curator, ipc=ipc, seed=seed, start=start, bench=bench)
+        first = initial_formation(
+            curator, formation=self.formation, init=self.init, ipc=ipc, seed=seed, start=start
+        )
         pool = [self._network(curator, derive_seed(seed, "network", k), bench) for k in range(self.networks)]
         images = bench.compute.put(first.images.clone()).requires_grad_()
         adam = torch.optim.Adam([images], lr=self.rate, betas=(0.9, 0.99))
         kept = bench.checkpoint.load()
-        done, labels = 0, first.soft_labels
+        done, labels = 0, labels_of_tiles(first, self.formation)
         if kept is None:
             asked = bench.progress.track(pool, "class means")
             means = torch.stack([class_means(curator, network, bench.compute) for network in asked])
             if start is None and curator.task.kind is TaskKind.MULTILABEL:
-                labels = label_means(curator).repeat_interleave(ipc, dim=0)
+                labels = label_means(curator).repeat_interleave(len(labels) // curator.task.n_classes, dim=0)
         else:
             means, labels, done = bench.compute.put(kept["means"]), kept["labels"], int(kept["step"])
             images.data.copy_(kept["images"])
@@ -87,7 +114,7 @@ class DistributionMatching:
 
         def current() -> Synthetic:
             now = images.detach().cpu().clone()
-            return Synthetic(images=now, soft_labels=labels, hard_labels=first.hard_labels)
+            return formed(now, labels, first.hard_labels, formation=self.formation)
 
         for step in bench.steps(
             done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
@@ -95,8 +122,44 @@ class DistributionMatching:
             adam.param_groups[0]["lr"] = self.rate * cosine(step / self.iterations, floor=0.01)
             k = step % self.networks
             with bench.compute.autocast():
-                features = pool[k].features(images)
-            loss = matching_loss(features.float(), means[k], ipc)
+                features = pool[k].features(tiles(images, self.formation))
+            loss = matching_loss(features.float(), means[k])
+            adam.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            with torch.no_grad():
+                images.clamp_(0.0, 1.0)
+            bench.progress.note(loss=loss.item())
+        return current()
+
+    def _distill_privately(
+        self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
+    ) -> Synthetic:
+        """Match noisy class means of public features; the curator gives the same answers again after a break."""
+        moments = ask_moments(curator, dimension=self.dimension, compute=bench.compute)
+        teacher = Teacher(moments, kind=curator.task.kind)
+        means = (moments.sums / moments.counts[:, None]).to(moments.centre)
+        first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
+        images = bench.compute.put(first.images.clone()).requires_grad_()
+        adam = torch.optim.Adam([images], lr=self.rate, betas=(0.9, 0.99))
+        kept, done = bench.checkpoint.load(), 0
+        if kept is not None:
+            done = int(kept["step"])
+            images.data.copy_(kept["images"])
+            unpack_optimizer(adam, kept, "adam")
+
+        def state(step: int) -> dict[str, Tensor]:
+            return {"step": torch.tensor(step), "images": images, **pack_optimizer(adam, "adam")}
+
+        def current() -> Synthetic:
+            now = images.detach().clone()
+            return Synthetic(images=now.cpu(), soft_labels=teacher.soft_labels(now), hard_labels=first.hard_labels)
+
+        for step in bench.steps(
+            done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
+        ):
+            adam.param_groups[0]["lr"] = self.rate * cosine(step / self.iterations, floor=0.01)
+            loss = matching_loss(moments.centred(images), means)
             adam.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
@@ -115,15 +178,14 @@ class DistributionMatching:
         return network
 
 
-def matching_loss(features: Tensor, means: Tensor, ipc: int) -> Tensor:
+def matching_loss(features: Tensor, means: Tensor) -> Tensor:
     """Squared distance of the synthetic class means to the real ones, averaged over classes.
 
     Args:
-        features: Shape ``(k * ipc, d)``, class after class.
+        features: Shape ``(k * n, d)``, class after class.
         means: Shape ``(k, d)``.
-        ipc: Images per class.
     """
-    gap = features.view(len(means), ipc, -1).mean(1) - means
+    gap = features.view(len(means), -1, features.shape[1]).mean(1) - means
     return gap.square().sum(1).mean()
 
 

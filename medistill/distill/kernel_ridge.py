@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medistill.core.compute import Compute, fresh
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
@@ -16,14 +17,16 @@ from medistill.distill.batches import groups
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.finite import check_finite
+from medistill.distill.formation import check_formation, formed, initial_formation, labels_of_tiles
 from medistill.distill.labels import label_scores
-from medistill.distill.start import check_init, initial
+from medistill.distill.start import check_init, needs_images
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
 from medistill.seeds import derive_seed
 from medistill.training.augment import augment
 from medistill.training.fit import cache_sized
 from medistill.training.objectives import objective, probabilities
+from medistill.training.views import tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,9 @@ class KernelRidge:
     ``max_age``, keeps the features from being those of one training stage (FRePo).
 
     Where it deviates from FRePo: starts from noise; real batches hold all classes equally; real features serve
-    ``uses`` steps; the ridge is 1e-2 instead of 1e-6, and a matching term with weight ``match * (1 - 1/ipc)``
-    holds class means together (without both, a few images fit the networks of the pool and nothing else); labels
-    are a softmax of learned scores; the result is the running average of the last steps.
+    ``uses`` steps; the ridge is 1e-2 instead of 1e-6, and a matching term with weight ``match * (1 - 1/ipc)``,
+    tiles counted, holds class means together (without both, a few images fit the networks of the pool and nothing
+    else); labels are a softmax of learned scores; the result is the running average of the last steps.
 
     Args:
         iterations: Steps on the synthetic images.
@@ -60,6 +63,7 @@ class KernelRidge:
         match: Weight of the matching term.
         confidence: Soft label of an image's own class to begin with.
         average: Decay of the running average.
+        formation: Tiles along one side of an image, see :mod:`medistill.distill.formation`; 1 for none.
         init: ``"noise"`` or ``"real"``.
         width: Width of the networks.
         checkpoint_every: Steps between checkpoints.
@@ -84,12 +88,14 @@ class KernelRidge:
     match: float = 1.0
     confidence: float = 0.9
     average: float = 0.99
+    formation: int = 1
     init: str = "noise"
     width: int = 32
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         check_init(self.init)
+        check_formation(self.formation)
         whole = (self.iterations, self.real_batch, self.pool, self.uses, self.max_age, self.checkpoint_every)
         if min(whole) < 1 or min(self.rate, self.label_rate, self.ridge) <= 0:
             raise ConfigError(
@@ -99,11 +105,21 @@ class KernelRidge:
         if not 0.5 < self.confidence < 1:
             raise ConfigError(f"Expected confidence in (0.5, 1), got {self.confidence}.")
 
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Refused: it needs the images themselves.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise needs_images("kernel_ridge")
+
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Run the loop; resumes from the checkpoint with the same bits."""
-        first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
+        first = initial_formation(
+            curator, formation=self.formation, init=self.init, ipc=ipc, seed=seed, start=start
+        )
         run = _Run(self, curator.images(), first, ipc=ipc, seed=seed, compute=bench.compute)
         kept = bench.checkpoint.load()
         done = 0 if kept is None else run.restore(kept)
@@ -135,14 +151,16 @@ class _Run:
     def __init__(
         self, settings: KernelRidge, real: ImageSet, first: Synthetic, *, ipc: int, seed: int, compute: Compute
     ) -> None:
-        self._settings, self._real, self._ipc, self._seed = settings, real, ipc, seed
+        self._settings, self._real, self._seed = settings, real, seed
+        self._ipc = ipc * settings.formation ** (first.images.ndim - 2)
         self._compute, self._hard_labels = compute, first.hard_labels
         k = self._classes = real.task.n_classes
         self._per_class = max(1, settings.real_batch // k)
-        self._match = settings.match * (1 - 1 / ipc)
+        self._match = settings.match * (1 - 1 / self._ipc)
         self._multilabel = real.task.kind is TaskKind.MULTILABEL
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "kernel_ridge"))
-        scores = label_scores(first.soft_labels, real.task.kind, confidence=settings.confidence)
+        labels = labels_of_tiles(first, settings.formation)
+        scores = label_scores(labels, real.task.kind, confidence=settings.confidence)
         self.images = compute.put(first.images.clone()).requires_grad_()
         self.scores = compute.put(scores).requires_grad_()
         groups = [
@@ -162,11 +180,8 @@ class _Run:
 
     def result(self) -> Synthetic:
         """The running averages."""
-        return Synthetic(
-            images=self.average_images.cpu().clone(),
-            soft_labels=self._soft_labels(self.average_scores).cpu(),
-            hard_labels=self._hard_labels,
-        )
+        images, labels = self.average_images.cpu().clone(), self._soft_labels(self.average_scores).cpu()
+        return formed(images, labels, self._hard_labels, formation=self._settings.formation)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -191,7 +206,8 @@ class _Run:
 
     def _loss(self, member: _Member) -> Tensor:
         with self._compute.autocast():
-            features = member.network.features(augment(self.images, self._generator)).float()
+            pictures = tiles(self.images, self._settings.formation)
+            features = member.network.features(augment(pictures, self._generator)).float()
         labels = self._centred(self._soft_labels(self.scores))
         predicted = ridge_prediction(features, labels, member.real, ridge=self._settings.ridge)
         loss = (predicted - member.target).square().mean()
@@ -231,11 +247,14 @@ class _Run:
         return _Member(network, self._settings.network_rate)
 
     def _train(self, member: _Member, steps: int) -> None:
-        images, labels = self.images.detach(), self._soft_labels(self.scores.detach())
+        images = tiles(self.images.detach(), self._settings.formation)
+        labels = self._soft_labels(self.scores.detach())
+        each = len(images) // len(self.images)
         member.network.requires_grad_(True)
-        for _ in range(steps):
-            logits = member.network(augment(images, self._generator))
-            loss = objective(self._real.task.kind, logits, labels)
+        for step in range(steps):
+            some = slice(step % each, None, each)  # one tile of every image, as a student sees them
+            logits = member.network(augment(images[some], self._generator))
+            loss = objective(self._real.task.kind, logits, labels[some])
             member.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             member.optimizer.step()

@@ -8,12 +8,13 @@ import torch
 
 from medistill.core.compute import fresh
 from medistill.core.distilled import Schedule
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.protocols import Curator, Synthetic, Workbench
-from medistill.core.task import TaskKind
+from medistill.core.task import Task, TaskKind
 from medistill.distill.batches import balanced_batch
 from medistill.distill.finite import check_finite
 from medistill.distill.labels import label_scores
-from medistill.distill.start import check_init, initial
+from medistill.distill.start import check_init, initial, needs_images
 from medistill.distill.unrolled import (
     Learned,
     Training,
@@ -95,6 +96,14 @@ class SoftLabel:
                 "Expected iterations, unroll, batch_per_class, width and checkpoint_every >= 1, decay_every >= 0, "
                 "and step sizes, inner_rate and clip > 0."
             )
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Refused: it needs the images themselves.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise needs_images("soft_label")
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench

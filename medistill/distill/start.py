@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic
 from medistill.distill.batches import has_label
-from medistill.errors import ConfigError, DataError
+from medistill.errors import ConfigError, DataError, PrivacyError
 
 INITS = ("noise", "real")
 
@@ -27,6 +27,14 @@ def check_init(init: str) -> None:
     """
     if init not in INITS:
         raise ConfigError(f"Expected init to be one of {', '.join(INITS)}, got {init!r}.")
+
+
+def needs_images(method: str) -> PrivacyError:
+    """The refusal of a method that cannot be private: it works on the images themselves."""
+    return PrivacyError(
+        f"{method} needs patients' images themselves, which differential privacy does not allow. Take surrogate "
+        "or distribution_matching, which ask for noisy sums over patients only."
+    )
 
 
 def initial(curator: Curator, *, init: str, ipc: int, seed: int, start: Synthetic | None) -> Synthetic:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from medistill.core.compute import Compute
+from medistill.core.guarantee import PrivacyPlan
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Curator, Synthetic, Workbench
-from medistill.core.task import TaskKind
+from medistill.core.task import Task, TaskKind
 from medistill.distill.batches import groups
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.experts import architecture, teacher_labels, train_experts, unflattened
 from medistill.distill.finite import check_finite
 from medistill.distill.labels import label_scores
-from medistill.distill.start import check_init, initial
+from medistill.distill.start import check_init, initial, needs_images
 from medistill.distill.unrolled import Parameters, descended
 from medistill.errors import ConfigError
 from medistill.networks.convnet import ConvNet
@@ -132,6 +133,14 @@ class TrajectoryMatching:
             )
         if not 0.5 < self.confidence < 1:
             raise ConfigError(f"Expected confidence in (0.5, 1), got {self.confidence}.")
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """Refused: it needs the images themselves.
+
+        Raises:
+            PrivacyError: Always.
+        """
+        raise needs_images("trajectory_matching")
 
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench

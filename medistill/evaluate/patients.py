@@ -203,7 +203,8 @@ def _arms(
         yield _Arm(name="real", images=train.images, soft_labels=train.targets, schedule=schedule, number=number)
     for name, made in distilled.items():
         hard = F.one_hot(made.hard_labels, made.task.n_classes).float()
-        for arm, labels, views in ((name, made.soft_labels, made.views), (f"{name}_hard", hard, None)):
+        hard_views = made.views.with_labels(hard) if made.views is not None and made.views.are_tiles else None
+        for arm, labels, views in ((name, made.soft_labels, made.views), (f"{name}_hard", hard, hard_views)):
             for number in range(seeds):
                 yield _Arm(
                     name=arm,

@@ -195,7 +195,9 @@ def _training_set(
         labels = (labels >= 0.5).float()
     elif arm == "distilled_hard":
         labels = F.one_hot(distilled.hard_labels, distilled.task.n_classes).float()
-    views = distilled.views if arm == "distilled" else None
+    views = distilled.views
+    if views is not None and arm == "distilled_hard":
+        views = views.with_labels(labels) if views.are_tiles else None
     return _TrainingSet(images=distilled.images, soft_labels=labels, schedule=distilled.schedule, views=views)
 
 

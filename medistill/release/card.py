@@ -192,8 +192,9 @@ def _views_note(card: Mapping[str, Any]) -> str:
     views = card["images"].get("views")
     if not views:
         return ""
+    what = " They do not overlap: the image is a mosaic of smaller images." if views.get("mosaic") else ""
     return (
-        f"\n\nStudents learn from {views['count']} crops of every image, each with a soft label of its own. "
+        f"\n\nStudents learn from {views['count']} crops of every image, each with a soft label of its own.{what} "
         "`view_boxes` has the shape\n(crop, image, corners): the low corner, then the high corner, in the order "
         "of the image's axes, as shares of\nthe side; `view_soft_labels` has (crop, image, class). In epoch e a "
         f"student sees crop e modulo {views['count']} of each image,\nenlarged to the whole side; its logits are "
@@ -210,7 +211,9 @@ def _pictures_note(card: Mapping[str, Any]) -> str:
 def _views(distilled: DistilledSet) -> dict[str, Any]:
     if distilled.views is None:
         return {}
-    return {"views": {"count": len(distilled.views), "temperature": distilled.views.temperature}}
+    views = distilled.views
+    mosaic = {"mosaic": True} if views.are_tiles else {}
+    return {"views": {"count": len(views), "temperature": views.temperature, **mosaic}}
 
 
 def _images(distilled: DistilledSet) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def render_report(
         warnings=wording.warnings_of(distilled, audit, forced_reason),
         classes=_classes(distilled),
         multilabel=distilled.task.kind is TaskKind.MULTILABEL,
+        mosaic=len(distilled.views) if distilled.views is not None and distilled.views.are_tiles else 0,
         volumes=MIDDLE_SLICES if distilled.images.ndim == _VOLUME_AXES else "",
         stages=_stages(distilled, snapshots),
         privacy=_privacy(distilled),

@@ -41,6 +41,7 @@ from medistill.seeds import derive_seed
 from medistill.studies.budget import Cost, probe, share_budget
 from medistill.studies.records import keep_record
 from medistill.training.students import Student, train_student, train_students
+from medistill.training.views import pictures
 
 #: The schedule by which all methods are compared as well, beside the one chosen for each.
 COMMON_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
@@ -182,7 +183,9 @@ def run(request: Request, target: Path) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     if method != REAL:
         if len(load_cohort(Path(request["cohort"])).split("holdout")):
-            answer["nearest"] = nearest(made.synthetic.images, train, _part(request, "holdout"))
+            answer["nearest"] = nearest(
+                pictures(made.synthetic.images, made.synthetic.views), train, _part(request, "holdout")
+            )
         tensors |= {"images": made.synthetic.images, "labels": made.synthetic.hard_labels}
     test, validation = _part(request, "test"), _part(request, "validation")
     answer["patients"], answer["networks"] = len(test.unique_patients), {}
@@ -260,7 +263,9 @@ class _Judge:
             schedules = {"chosen": chosen[0].schedule, "common": COMMON_SCHEDULE}
         labels = {"soft": _Labels(targets=made.soft_labels, views=made.views)}
         if not whole:
-            labels["hard"] = _Labels(targets=_hardened(made, self.test.task))
+            hard = _hardened(made, self.test.task)
+            mosaic = made.views if made.views is not None and made.views.are_tiles else None
+            labels["hard"] = _Labels(targets=hard, views=mosaic.with_labels(hard) if mosaic else None)
         arms: dict[str, Any] = {}
         draws: dict[str, Tensor] = {}
         trained: list[tuple[Schedule, _Labels, dict[str, Any], NDArray[np.float64]]] = []

@@ -36,6 +36,8 @@ class Contestant:
         label: What the table calls it; the method where not given.
         settings: Per distiller, settings that differ from the defaults.
         share: Per distiller of a chain, its weight when the budget is divided.
+        own_iterations: Whether it keeps its own iterations whatever the budget, for a method that more of them
+            would harm; the table shows what it took.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by the configuration loader
@@ -44,6 +46,7 @@ class Contestant:
     label: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     share: Mapping[str, float] = field(default_factory=dict)
+    own_iterations: bool = False
 
     @property
     def name(self) -> str:
@@ -168,7 +171,8 @@ class Cell:
 
     def request(self, config: ComparisonConfig) -> dict[str, Any]:
         """Everything the cell's process needs, except what iterations cost."""
-        budget = None if self.contestant.baseline else config.budget_seconds
+        kept = self.contestant.baseline or self.contestant.own_iterations
+        budget = None if kept else config.budget_seconds
         return {
             "kind": "cell",
             "version": __version__,
@@ -193,7 +197,7 @@ class Cell:
 
     def probes(self, config: ComparisonConfig) -> dict[str, dict[str, Any]]:
         """What must be timed first, by distiller: those of the method that count iterations."""
-        if config.budget_seconds is None:
+        if config.budget_seconds is None or self.contestant.own_iterations:
             return {}
         return {
             name: {

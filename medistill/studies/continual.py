@@ -46,6 +46,7 @@ from medistill.studies.contest import content_digest
 from medistill.studies.incremental import Benchmark, Judge, class_groups, join_cohorts
 from medistill.studies.records import keep, keep_record, read_record
 from medistill.training.fit import fit, predict
+from medistill.training.views import pictures
 
 ARMS = ("distilled", "random", "herding", "all", "finetune")
 _ALONE = Compute(jobs=1)
@@ -99,9 +100,7 @@ class ContinualConfig:
         if min((*self.steps, self.ipc, self.epochs, self.real_epochs)) < 1 or self.draws < 100:
             raise ConfigError("Expected steps, ipc, epochs and real_epochs >= 1 and draws >= 100.")
         NETWORKS.load(self.network)
-        chosen = resolve_method(self.method, Task.single_label(("0", "1")), self.ipc).distillers
-        # refuses unknown settings
-        make_recipe(Task.single_label(("0", "1")), method="+".join(chosen), settings=self.settings)
+        make_recipe(Task.single_label(("0", "1")), method=self.method, settings=self.settings)  # or refuses
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ContinualConfig:
@@ -218,20 +217,24 @@ def _remember(cell: Cell, config: ContinualConfig, mine: ImageSet, group: tuple[
         method, settings = "coreset", {"coreset": {"selection": cell.arm}}
     chosen = resolve_method(method, task, config.ipc).distillers
     if one and method == "auto":
-        chosen = chosen[:1]
+        chosen, method = chosen[:1], chosen[0]
     made = distill(
         OpenCurator(local),
-        method="+".join(chosen),
+        method=method,
         ipc=config.ipc,
         seed=derive_seed(cell.seed, "memory", step),
         settings={key: value for key, value in settings.items() if key in chosen},
         compute=_ALONE,
         looks=1,
     ).distilled
-    kept = made.hard_labels < len(group)
+    shown, labels, hard = made.images, made.soft_labels, made.hard_labels
+    if made.views is not None and made.views.are_tiles:
+        shown, labels = pictures(made.images, made.views), made.views.soft_labels.transpose(0, 1).flatten(0, 1)
+        hard = hard.repeat_interleave(len(made.views))
+    kept = hard < len(group)
     joint = torch.zeros(int(kept.sum()), mine.task.n_classes)
-    joint[:, list(group)] = made.soft_labels[kept][:, : len(group)]
-    return _Memory(images=made.images[kept], targets=joint)
+    joint[:, list(group)] = labels[kept][:, : len(group)]
+    return _Memory(images=shown[kept], targets=joint)
 
 
 # -- all cells ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Views of images: crops drawn at random or taken again from what a release says, and mirroring."""
+"""Views of images: crops drawn at random or taken again from what a release says, tiles, and mirroring."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from medistill.core.distilled import ViewLabels
 
 #: Largest ratio of a crop's side to what it would be in a square crop, in both directions.
 _MAX_STRETCH = math.sqrt(4 / 3)
@@ -34,6 +36,63 @@ def random_boxes(count: int, axes: int, generator: Generator, *, smallest: float
     sides = (share ** (1 / axes) * stretch.exp()).clamp_max(1.0)
     low = drawn[:, axes:] * (1 - sides)
     return torch.cat([low, (low + sides).clamp_max(1.0)], dim=1)
+
+
+def tile_boxes(per_side: int, axes: int) -> Tensor:
+    """Boxes of the tiles that an image is divided into, row after row, shape ``(per_side ** axes, 2 * axes)``."""
+    places = torch.cartesian_prod(*[torch.arange(per_side)] * axes).reshape(-1, axes)
+    return torch.cat([places, places + 1], dim=1) / per_side
+
+
+def tiles(images: Tensor, per_side: int) -> Tensor:
+    """Every tile of every image in the size of the whole image; differentiable in the images.
+
+    Args:
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``.
+        per_side: Tiles along one side; with 1 the images come back as they are.
+
+    Returns:
+        The tiles of the first image, then those of the second, and so on.
+    """
+    if per_side == 1:
+        return images
+    boxes = tile_boxes(per_side, images.ndim - 2)
+    return crop(images.repeat_interleave(len(boxes), dim=0), boxes.repeat(len(images), 1))
+
+
+def pictures(images: Tensor, views: ViewLabels | None) -> Tensor:
+    """What can be seen in the images of a release: the tiles of mosaics, one by one, or else the images.
+
+    Args:
+        images: Shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
+        views: Views of the release, if any.
+
+    Returns:
+        The tiles of the first image, then those of the second, and so on; shape ``(m * tiles, …)``.
+    """
+    if views is None or not views.are_tiles:
+        return images
+    return crop(images.repeat_interleave(len(views), dim=0), views.boxes.transpose(0, 1).flatten(0, 1))
+
+
+def mosaics(images: Tensor, per_side: int) -> Tensor:
+    """The reverse of :func:`tiles`, as far as there is one: images made smaller and laid side by side.
+
+    Args:
+        images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``; ``n`` a multiple of the tiles in an image.
+        per_side: Tiles along one side.
+    """
+    sides, axes = images.shape[2:], images.ndim - 2
+    laid = torch.empty(len(images) // per_side**axes, *images.shape[1:])
+    for number, box in enumerate(tile_boxes(per_side, axes).tolist()):
+        place = [
+            slice(round(low * side), round(high * side))
+            for low, high, side in zip(box[:axes], box[axes:], sides, strict=True)
+        ]
+        size = [part.stop - part.start for part in place]
+        small = F.interpolate(images[number :: per_side**axes], size=size, mode="area")
+        laid[(slice(None), slice(None), *place)] = small
+    return laid
 
 
 def crop(images: Tensor, boxes: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_matching_loss_is_the_naive_sum() -> None:
     naive = sum(
         sum((features[3 * c : 3 * c + 3, j].mean() - means[c, j]) ** 2 for j in range(5)) for c in range(2)
     )
-    torch.testing.assert_close(matching_loss(features, means, 3), naive / 2)
+    torch.testing.assert_close(matching_loss(features, means), naive / 2)
 
 
 def test_bad_settings_are_refused() -> None:
