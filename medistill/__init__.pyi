@@ -4,6 +4,7 @@ from medistill.core.cohort import Split as Split
 from medistill.core.distilled import DistilledSet as DistilledSet
 from medistill.core.distilled import Recipe as Recipe
 from medistill.core.distilled import Schedule as Schedule
+from medistill.core.guarantee import Budget as Budget
 from medistill.core.guarantee import PrivacyStatement as PrivacyStatement
 from medistill.core.images import ImageSet as ImageSet
 from medistill.core.reports import AuditReport as AuditReport
@@ -17,7 +18,9 @@ from medistill.errors import MedistillError as MedistillError
 from medistill.ingest import load_cohort as load_cohort
 from medistill.ingest.phantom import PhantomConfig as PhantomConfig
 from medistill.ingest.phantom import write_phantom as write_phantom
+from medistill.privacy import Ledger as Ledger
 from medistill.privacy import OpenCurator as OpenCurator
+from medistill.privacy import PrivateCurator as PrivateCurator
 from medistill.progress import Progress as Progress
 from medistill.progress import TerminalProgress as TerminalProgress
 from medistill.release import load_release as load_release
@@ -29,16 +32,19 @@ from medistill.workflow import run as run
 __version__: str
 __all__ = [
     "AuditReport",
+    "Budget",
     "Cohort",
     "ConfigError",
     "DiagnosticReport",
     "DistilledSet",
     "Estimate",
     "ImageSet",
+    "Ledger",
     "MedistillError",
     "OpenCurator",
     "PhantomConfig",
     "PrivacyStatement",
+    "PrivateCurator",
     "Progress",
     "Recipe",
     "Schedule",

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
@@ -31,10 +32,11 @@ from pydantic import (
 
 from medistill.audit import AuditPolicy
 from medistill.core.compute import Compute
+from medistill.core.guarantee import EPSILON_RANGE, LARGEST_DELTA
 from medistill.core.reports import Verdict
 from medistill.core.task import Task
 from medistill.distill import resolve_method
-from medistill.distill.runner import LOOKS, make_distiller
+from medistill.distill.runner import LOOKS, PRIVATE_METHODS, make_distiller
 from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig
 from medistill.ingest import IngestConfig
@@ -199,6 +201,26 @@ SourceSection = Annotated[
 ]
 
 
+class PrivacySection(_Section):
+    """What may be learned of one patient from the release.
+
+    ``delta: auto`` follows from the next power of ten of the number of patients. ``lifetime`` is the epsilon that
+    all releases of the cohort may spend together, fixed when its ledger is made; ``ledger`` names the ledger where
+    several cohorts hold the same patients.
+    """
+
+    epsilon: float = Field(ge=EPSILON_RANGE[0], le=EPSILON_RANGE[1])
+    delta: Annotated[float | None, BeforeValidator(lambda found: None if found == "auto" else found)] = Field(
+        default=None, gt=0, le=LARGEST_DELTA
+    )
+    lifetime: float | None = Field(default=None, ge=EPSILON_RANGE[0], le=EPSILON_RANGE[1])
+    ledger: PathField | None = None
+
+    @field_serializer("delta")
+    def _auto(self, delta: float | None) -> float | str:
+        return "auto" if delta is None else delta
+
+
 class DistillSection(_Section):
     """What to distil and how.
 
@@ -231,32 +253,52 @@ class DistillSection(_Section):
 _ANY_TASK = Task.single_label(("0", "1"))
 
 
-def check_settings(method: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def check_settings(
+    method: str, settings: Mapping[str, Mapping[str, Any]], *, private: bool = False
+) -> dict[str, dict[str, Any]]:
     """Settings of a method's distillers, each value turned into the type of its setting.
+
+    Args:
+        method: ``auto`` or names of distillers.
+        settings: By distiller.
+        private: Whether ``auto`` is that of differential privacy.
 
     Raises:
         ConfigError: With every unknown distiller or setting and every value that is not legal.
     """
     resolve_method(method, _ANY_TASK, 1)
     try:
-        return _typed_settings(method, settings)
+        typed = _typed_settings(method, settings)
+        _check_parts(method, settings, private=private)
+        return typed
     except _SeveralError as error:
         raise ConfigError(" ".join(f"{path}: {message}" for path, message in error.problems)) from None
 
 
 def _typed_settings(method: str | None, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """As :func:`check_settings`; ``None`` stands for a method that is a problem itself."""
-    names = resolve_method(method, _ANY_TASK, 1).distillers if method else tuple(DISTILLERS.names())
+    chosen = resolve_method(method, _ANY_TASK, 1).distillers if method else tuple(DISTILLERS.names())
+    # Whether those of private methods fit is seen on the whole configuration.
+    names = (*chosen, *PRIVATE_METHODS) if method == "auto" else chosen
     problems: list[_Problem] = []
     typed: dict[str, dict[str, Any]] = {}
     for section, values in settings.items():
         if section in names:
             typed[section] = _typed_distiller(section, values, problems)
         else:
-            problems.append((section, f"not part of {'+'.join(names)}.{nearest(section, names)}"))
+            problems.append((section, f"not part of {'+'.join(chosen)}.{nearest(section, names)}"))
     if problems:
         raise _SeveralError(problems)
     return typed
+
+
+def _check_parts(method: str, settings: Mapping[str, Any], *, private: bool) -> None:
+    """Refuse settings of distillers that ``auto`` does not choose, with or without differential privacy."""
+    chosen = resolve_method(method, _ANY_TASK, 1, private=private).distillers
+    names = PRIVATE_METHODS if private and method == "auto" else chosen
+    problems = [(s, f"not part of {'+'.join(chosen)}.{nearest(s, names)}") for s in settings if s not in names]
+    if problems:
+        raise _SeveralError(problems)
 
 
 def _typed_distiller(name: str, values: Mapping[str, Any], problems: list[_Problem]) -> dict[str, Any]:
@@ -301,10 +343,25 @@ class RunConfig(_Section):
     compute: Compute = Field(default_factory=Compute)
     source: SourceSection
     ingest: IngestConfig = Field(default_factory=IngestConfig)
+    privacy: PrivacySection | None = None
     distill: DistillSection = Field(default_factory=DistillSection)
     audit: AuditPolicy = Field(default_factory=AuditPolicy)
     evaluate: EvaluationConfig = Field(default_factory=EvaluationConfig)
     release: ReleaseSection = Field(default_factory=ReleaseSection)
+
+    @field_validator("distill")
+    @classmethod
+    def _fits_privacy(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
+        if "privacy" not in info.data:  # a problem itself
+            return distill
+        private = info.data["privacy"] is not None
+        if private and distill.patience:
+            raise _SeveralError([("patience", "expected 0 with privacy: no validation patient may be looked at")])
+        try:
+            _check_parts(distill.method, distill.settings, private=private)
+        except _SeveralError as error:
+            raise _SeveralError([(f"settings.{path}", message) for path, message in error.problems]) from None
+        return distill
 
     @field_validator("evaluate", mode="before")
     @classmethod
@@ -440,11 +497,18 @@ def _known_names(location: Sequence[Any]) -> list[str]:
     here: Any = RunConfig
     for part in location[:-1]:
         if part in _fields(here):
-            here = get_type_hints(here)[part]
+            hint = get_type_hints(here)[part]
+            here = (
+                next((kind for kind in get_args(hint) if kind is not NoneType), hint) if _optional(hint) else hint
+            )
         else:
             candidates = [kind for kind in get_args(here) if _kind_of(kind) == part]
             here = candidates[0] if candidates else here
     return _fields(here)
+
+
+def _optional(hint: Any) -> bool:
+    return NoneType in get_args(hint)
 
 
 def _fields(record: Any) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,17 @@ from medistill.core.cohort import Cohort, Split
 from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
 from medistill.core.reports import AuditReport, DiagnosticReport
-from medistill.distill import distill
-from medistill.errors import DataError, OutputError
+from medistill.core.task import Task
+from medistill.distill import Distillation, Prospect, distill, distill_privately, foresee
+from medistill.errors import DataError, OutputError, PrivacyError
 from medistill.evaluate import evaluate
 from medistill.ingest import ingest, load_cohort, load_or_create_key
 from medistill.ingest.phantom import PhantomConfig, write_phantom
 from medistill.ingest.reading import Source
 from medistill.ingest.sources import open_source
+from medistill.privacy import ledger as ledgers
 from medistill.privacy.curator import OpenCurator
+from medistill.privacy.ledger import LIFETIME, Ledger
 from medistill.progress import Progress
 from medistill.release.durable import output_errors, replace_durably
 from medistill.release.folder import write_release
@@ -125,6 +128,8 @@ class _Run:
             raise OutputError("output: expected a folder, found a file. Choose another path.")
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _MARK).exists():
             raise OutputError("output: the folder is not empty and holds no run. Choose a new one or empty it.")
+        if self.config.privacy is not None:  # what cannot be private is refused before hours are spent
+            foresee_run(self.config, patients=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(json.loads(self.config.model_dump_json()), sort_keys=False, allow_unicode=True)
         write_text(self.folder / _MARK, resolved)
@@ -207,8 +212,11 @@ class _Run:
 
     def ingest(self) -> None:
         source, labels = self._source()
-        staged = self.folder / ".cohort-next"
-        shutil.rmtree(staged, ignore_errors=True)
+        staged, cohort, last = (self.folder / name for name in (".cohort-next", "cohort", ".cohort-last"))
+        if last.exists() and not cohort.exists():  # an interrupted exchange
+            last.replace(cohort)
+        for stale in (staged, last):
+            shutil.rmtree(stale, ignore_errors=True)
         ingest(
             source,
             staged,
@@ -219,8 +227,13 @@ class _Run:
             progress=self.progress,
             jobs=self.jobs,
         )
-        shutil.rmtree(self.folder / "cohort", ignore_errors=True)
-        staged.replace(self.folder / "cohort")
+        for kept in ledgers.files(cohort / ledgers.NAME):  # what was spent stays spent
+            if kept.exists():
+                shutil.copy2(kept, staged)
+        if cohort.exists():
+            cohort.replace(last)
+        staged.replace(cohort)
+        shutil.rmtree(last, ignore_errors=True)
         self._images.clear()
 
     def _key(self) -> bytes:
@@ -230,10 +243,12 @@ class _Run:
         return load_or_create_key(self.folder / "cohort.key")
 
     def distill_inputs(self) -> Mapping[str, Any]:
+        privacy = self.config.privacy
         return {
             "ingest": self.digests["ingest"],
             "distill": self.config.distill.model_dump(),
             "seed": self.config.seed,
+            **({"privacy": privacy.model_dump(include={"epsilon", "delta"})} if privacy else {}),
         }
 
     def require_parts(self) -> None:
@@ -248,9 +263,15 @@ class _Run:
             )
 
     def distill(self) -> None:
-        section = self.config.distill
         self.require_parts()
-        done = distill(
+        done = self._distil() if self.config.privacy is None else self._distil_privately()
+        save_run_distilled(self.folder, done.distilled, done.snapshots)
+        remember_cohort(self.folder, self.cohort())
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _distil(self) -> Distillation:
+        section = self.config.distill
+        return distill(
             OpenCurator(self.images(Split.TRAIN)),
             method=section.method,
             ipc=section.ipc,
@@ -264,9 +285,24 @@ class _Run:
             observer=FormingSheet(self.folder / "forming"),
             progress=self.progress,
         )
-        save_run_distilled(self.folder, done.distilled, done.snapshots)
-        remember_cohort(self.folder, self.cohort())
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _distil_privately(self) -> Distillation:
+        """As configured, once: the same stage run again takes up the sealed answers and spends nothing."""
+        privacy, cohort = self.config.privacy, self.cohort()
+        assert privacy is not None
+        prospect = foresee_run(self.config, patients=len(cohort.split(Split.TRAIN).patients), cohort=cohort)
+        self.progress.say(f"distill: {prospect.recipe.method}, epsilon {prospect.budget.epsilon:g}")
+        return distill_privately(
+            self.images(Split.TRAIN),
+            prospect,
+            ledger=open_ledger(self.folder / "cohort", path=privacy.ledger, lifetime=privacy.lifetime),
+            sealed=self.folder / "sealed" / self.digests["distill"][:12],
+            folder=self.folder / "checkpoints",
+            compute=self.config.compute,
+            looks=self.config.distill.looks,
+            observer=FormingSheet(self.folder / "forming"),
+            progress=self.progress,
+        )
 
     def audit_inputs(self) -> Mapping[str, Any]:
         return {"distill": self.digests["distill"], "audit": asdict(self.config.audit)}
@@ -354,6 +390,62 @@ class _Run:
             lines=three_lines(self.distilled(), load_audit(self.folder), load_diagnosis(self.folder)),
             ran=tuple(self.ran),
         )
+
+
+def foresee_run(config: RunConfig, *, patients: int, cohort: Cohort | None = None) -> Prospect:
+    """What a configuration's private distillation will ask, and with how much noise; no pixel is read.
+
+    Args:
+        config: With a section ``privacy``.
+        patients: Patients to distil from; only the next power of ten is used, and only for ``delta: auto``.
+        cohort: Gives classes and the kind of images; without it they follow from the configuration, and are taken
+            to be two classes where it does not name them.
+
+    Raises:
+        PrivacyError: If there is no such section, or the method needs patients' images themselves.
+    """
+    if config.privacy is None:
+        raise PrivacyError("The configuration has no section privacy; expected one with epsilon, for example 3.")
+    section = config.distill
+    if cohort is None:
+        classes = config.ingest.classes or ("0", "1")
+        task = (Task.multilabel if config.ingest.labels == "multilabel" else Task.single_label)(classes)
+        axes = 3 if config.ingest.volumes == "cubes" else 2
+        image_shape = (3 if config.ingest.colour == "rgb" else 1, *[section.size] * axes)
+    else:
+        task, image_shape = cohort.task, shape_of_images(cohort, section.size)
+    return foresee(
+        task,
+        image_shape,
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        patients=patients,
+        method=section.method,
+        ipc=section.ipc,
+        seed=derive_seed(config.seed, "distill"),
+        settings=section.settings,
+    )
+
+
+def shape_of_images(cohort: Cohort, size: int) -> tuple[int, ...]:
+    """Shape of a cohort's images at a side length, without reading one."""
+    channels, *sides = cohort.profile["shape"]
+    return (channels, *[size] * len(sides))
+
+
+def open_ledger(cohort: Path, *, path: Path | None = None, lifetime: float | None = None) -> Ledger:
+    """The ledger of a cohort, beside its images unless another is named.
+
+    Args:
+        cohort: Folder of the cohort.
+        path: Another ledger, where several cohorts hold the same patients.
+        lifetime: Epsilon of all releases together, if this is the first one.
+
+    Raises:
+        PrivacyError: If it was changed, or made for another lifetime budget.
+    """
+    wanted = None if lifetime is None else replace(LIFETIME, epsilon=lifetime)
+    return Ledger(path or cohort / ledgers.NAME, lifetime=wanted)
 
 
 def save_run_distilled(folder: Path, distilled: DistilledSet, snapshots: Mapping[str, Tensor]) -> None:

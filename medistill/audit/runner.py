@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +20,19 @@ from medistill.audit.calibrated_neighbour import CalibratedNeighbour
 from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
+from medistill.core.guarantee import EPSILON_RANGE, Budget
 from medistill.core.images import ImageSet
+from medistill.core.protocols import Curator
 from medistill.core.reports import AttackOutcome, AuditReport, ControlOutcome, Estimate, Verdict
+from medistill.distill.private import plan_of
 from medistill.distill.runner import run_recipe
 from medistill.distill.start import random_images
 from medistill.errors import ConfigError, DataError
-from medistill.privacy.curator import OpenCurator
+from medistill.privacy.curator import OpenCurator, PrivateCurator
+from medistill.privacy.ledger import NAME, Ledger
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
+from medistill.training.views import pictures
 
 THREAT_MODEL = (
     "The attacker holds the release and all images of a patient, and wants to know whether that patient was among "
@@ -133,12 +143,12 @@ def audit(
     progress, policy = progress or Progress(), policy or AuditPolicy()
     pool = _draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     progress.say("audit: distilling the negative control from patients who are not attacked")
-    curator = OpenCurator(pool.rest)
-    done = run_recipe(distilled.recipe, curator, folder=folder, compute=compute, progress=progress)
-    control = done.distilled
+    with _control_curator(distilled, pool.rest, seed, folder) as curator:
+        done = run_recipe(distilled.recipe, curator, folder=folder, compute=compute, progress=progress)
+    released, control = (pictures(one.images, one.views) for one in (distilled, done.distilled))
     outcomes = (
-        _membership(distilled.images, control.images, pool, policy, seed),
-        _copies(distilled, control.images, pool, seed),
+        _membership(released, control, pool, policy, seed),
+        _copies(released, control, pool, seed),
     )
     return AuditReport(
         outcomes=outcomes,
@@ -149,6 +159,29 @@ def audit(
         not_tested=NOT_TESTED,
         release=distilled.fingerprint(),
     )
+
+
+@contextlib.contextmanager
+def _control_curator(distilled: DistilledSet, rest: ImageSet, seed: int, folder: Path | None) -> Iterator[Curator]:
+    """Who answers for the negative control: with as much noise as for the release.
+
+    Of a private release nothing is spent: the control is compared here and thrown away, so its noise only has to
+    make it like the release, and protects nobody. Its ledger is thrown away with it; the cohort's is not touched.
+    """
+    if math.isinf(distilled.privacy.epsilon):
+        yield OpenCurator(rest)
+        return
+    plan = plan_of(distilled.recipe, rest.task, tuple(rest.images.shape[1:]))
+    budget = Budget(epsilon=max(distilled.privacy.epsilon, EPSILON_RANGE[0]), delta=distilled.privacy.delta)
+    work = hashlib.sha256(f"{distilled.fingerprint()} {seed}".encode()).hexdigest()[:12]
+    with tempfile.TemporaryDirectory() as throw_away:
+        where = (folder or Path(throw_away)) / f"control-{work}"
+        ledger = Ledger(where / NAME, lifetime=budget)
+        curator = PrivateCurator(rest, budget=budget, plan=plan, ledger=ledger, store=where / "sealed")
+        try:
+            yield curator
+        finally:
+            curator.close()
 
 
 def require_patients(**parts: ImageSet) -> None:
@@ -273,12 +306,12 @@ def _membership_summary(
     return f"No relevant leak found at this power: AUROC {area}; {power}."
 
 
-def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) -> AttackOutcome:
+def _copies(released: Tensor, control: Tensor, pool: _Pool, seed: int) -> AttackOutcome:
     alarm, reference = CopyAlarm(), pool.reference.images
     everybody, balanced = _union(pool.train, pool.holdout), _union(pool.candidates, pool.holdout)
-    found = alarm.search(distilled.images, everybody, reference)
+    found = alarm.search(released, everybody, reference)
     copies = _copies_of(found, set(pool.train.patients))
-    nearest = alarm.search(distilled.images, balanced, reference)
+    nearest = alarm.search(released, balanced, reference)
     members, others = set(pool.candidates.patients), set(pool.holdout.patients)
     share, p_value = source_lift(set(nearest.patients), members, others)
     smallest = int(pool.train.targets.sum(0).min())
@@ -316,7 +349,7 @@ def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) ->
         minimum_detectable_auroc=None,
         findings={
             "copies": float(copies),
-            "released_images": float(len(distilled)),
+            "released_images": float(len(released)),
             "largest_correlation_with_a_patient": round(float(found.correlation.max()), 2),
             "largest_gap": round(float(found.gap.max()), 2),
             "gap_limit": found.gap_limit,
@@ -324,7 +357,7 @@ def _copies(distilled: DistilledSet, control: Tensor, pool: _Pool, seed: int) ->
         },
         controls=controls,
         verdict=verdict,
-        summary=_copies_summary(verdict, copies, len(distilled)),
+        summary=_copies_summary(verdict, copies, len(released)),
     )
 
 

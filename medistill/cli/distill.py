@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from medistill.cli.app import app, guarded, open_cohort, progress
+from medistill.cli.privacy import around, check_options, described, parse_delta
 from medistill.errors import ConfigError, OutputError
 
 
@@ -33,6 +34,16 @@ def distill(
         bool, typer.Option("--compile", help="Compile networks with torch.compile.")
     ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
+    epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy for each patient: what this release may spend.")
+    ] = None,
+    delta: Annotated[str, typer.Option(help="With --epsilon: auto, or a number.")] = "auto",
+    lifetime: Annotated[
+        float | None, typer.Option(help="Epsilon of all releases of the cohort; fixed by the first. [default: 6]")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Ledger, where several cohorts hold the same patients.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="DISTILLER.NAME=VALUE", help="Change a setting; repeatable."),
@@ -43,37 +54,47 @@ def distill(
     Interrupted, the same command goes on from its checkpoint. RUN/forming/sheet.png shows the images as they
     form and looks.csv what a student trained on them reaches on validation patients.
 
+    With --epsilon the release is differentially private for each patient. What it will ask is shown first and
+    written to COHORT/ledger.jsonl, which refuses more than the lifetime's epsilon; noisy answers are kept in
+    RUN/sealed, so that the same command spends nothing twice. No validation patient is looked at.
+
     Example: `medistill distill cohort --method auto --ipc 10 --out run`
+
+    Example: `medistill distill cohort --epsilon 3 --delta auto --out run`
     """
     from medistill.config import check_settings
     from medistill.core.compute import Compute
     from medistill.distill import distill as distil
-    from medistill.distill import resolve_method
+    from medistill.distill import distill_privately, foresee, resolve_method
     from medistill.privacy.curator import OpenCurator
     from medistill.report.forming import FormingSheet
-    from medistill.workflow import remember_cohort, save_run_distilled
+    from medistill.workflow import open_ledger, remember_cohort, save_run_distilled, shape_of_images
 
     if (out / "distilled").exists():
         raise OutputError(
             "The run folder holds a distilled set already. Choose a new one, so that its audit stays with it."
         )
+    check_options(epsilon, delta=delta, lifetime=lifetime, ledger=ledger, patience=patience)
     real = open_cohort(cohort)
-    chosen = resolve_method(method, real.task, ipc)
-    typer.echo(f"{' + '.join(chosen.distillers)}: {chosen.why}", err=True)
-    result = distil(
-        OpenCurator(real.split("train").images(size)),
-        method=method,
-        ipc=ipc,
-        seed=seed,
-        settings=check_settings(method, _settings(settings or [])),
-        validation=real.split("validation").images(size),
-        folder=out / "checkpoints",
-        compute=Compute(device=device, mixed_precision=mixed_precision, compile=compile_networks, engine=engine),
-        looks=looks,
-        patience=patience,
-        observer=FormingSheet(out / "forming"),
-        progress=progress(),
-    )
+    train = real.split("train")
+    typed = check_settings(method, _settings(settings or []), private=epsilon is not None)
+    what: dict[str, Any] = {"method": method, "ipc": ipc, "seed": seed, "settings": typed}
+    compute = Compute(device=device, mixed_precision=mixed_precision, compile=compile_networks, engine=engine)
+    how: dict[str, Any] = {"folder": out / "checkpoints", "compute": compute, "looks": looks}
+    how |= {"observer": FormingSheet(out / "forming"), "progress": progress()}
+    if epsilon is None:
+        chosen = resolve_method(method, real.task, ipc)
+        typer.echo(f"{' + '.join(chosen.distillers)}: {chosen.why}", err=True)
+        curator, validation = OpenCurator(train.images(size)), real.split("validation").images(size)
+        result = distil(curator, validation=validation, patience=patience, **what, **how)
+    else:
+        shape, count = shape_of_images(real, size), len(train.patients)
+        what |= {"epsilon": epsilon, "delta": parse_delta(delta), "patients": count}
+        prospect = foresee(real.task, shape, **what)
+        for line in described(prospect, around(count)):
+            typer.echo(line, err=True)
+        book = open_ledger(cohort, path=ledger, lifetime=lifetime)
+        result = distill_privately(train.images(size), prospect, ledger=book, sealed=out / "sealed", **how)
     for stale in ("audit.json", "diagnosis.json"):
         (out / stale).unlink(missing_ok=True)
     save_run_distilled(out, result.distilled, result.snapshots)

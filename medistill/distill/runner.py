@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,9 @@ from medistill.distill.checkpoint import FileCheckpoint, pack_synthetic, unpack_
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.distill.start import initial
 from medistill.distill.watch import Observer, ValidationWatch
-from medistill.errors import ConfigError
+from medistill.errors import ConfigError, PrivacyError
 from medistill.networks.convnet import ConvNet
+from medistill.privacy.curator import PrivateCurator
 from medistill.progress import Progress
 from medistill.registry import DISTILLERS, nearest
 from medistill.seeds import derive_seed
@@ -39,6 +40,12 @@ from medistill.seeds import derive_seed
 #: Times that every distiller's images are looked at.
 LOOKS = 5
 _MOST_FOR_RIDGE = 1000
+#: Up to so many images ridge regression learns fewer steps: more fit the networks at hand and no others.
+_FEW, _STEPS_FOR_FEW, _STEPS = 10, 400, 600
+#: Shortest side of an image whose tiles still show something.
+_SMALLEST_MOSAIC = 24
+#: What ``auto`` chooses from under differential privacy.
+PRIVATE_METHODS = ("surrogate", "distribution_matching")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +55,12 @@ class Method:
     Args:
         distillers: Registered names in order.
         why: One sentence.
+        settings: Of each distiller, where they differ from its published defaults.
     """
 
     distillers: tuple[str, ...]
     why: str
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +71,62 @@ class Distillation:
     snapshots: Mapping[str, Tensor]
 
 
-def resolve_method(method: str, task: Task, ipc: int, *, private: bool = False) -> Method:
+def resolve_method(
+    method: str, task: Task, ipc: int, *, image_shape: tuple[int, ...] | None = None, private: bool = False
+) -> Method:
     """Distillers behind a method name: ``auto``, one name, or several joined by ``+``.
 
     Args:
-        method: ``"auto"`` chooses by the size of the release and by privacy.
+        method: ``"auto"`` chooses by the size of the release, the size of its images and by privacy.
         task: Gives the number of classes.
         ipc: Images per class.
+        image_shape: Shape of one image; without it images are taken to be large enough for mosaics.
         private: Whether the curator answers with sums over patients only.
 
     Raises:
         ConfigError: If a name is unknown.
     """
     if method == "auto":
-        return _automatic(ipc * task.n_classes, private=private)
+        formation = 1 if image_shape and min(image_shape[1:]) < _SMALLEST_MOSAIC else 2
+        return _automatic(ipc * task.n_classes, formation, private=private)
     names = tuple(name.strip() for name in method.split("+"))
     for name in names:
         DISTILLERS.load(name)
     return Method(distillers=names, why="chosen by the user.")
 
 
-def _automatic(images: int, *, private: bool) -> Method:
+def _automatic(images: int, formation: int, *, private: bool) -> Method:
     if private:
-        why = "of the methods that only ask for sums over patients, it needs the fewest."
-        return Method(distillers=("distribution_matching",), why=why)
+        return _automatic_private(images, formation)
+    formed = {"formation": formation}
     if images > _MOST_FOR_RIDGE:
         why = f"ridge regression solves for all images at once, which takes long for {images} of them."
-        return Method(distillers=("distribution_matching",), why=why)
+        return Method(distillers=("distribution_matching",), why=why, settings={"distribution_matching": formed})
+    tiles = "" if formation == 1 else ", each image a mosaic of tiles with soft labels of their own"
     why = (
         "of the methods measured at small budgets none did better than distribution matching from noise, refined "
-        f"by ridge regression with soft labels; {images} images are few enough for it."
+        f"by ridge regression with soft labels{tiles}; {images} images are few enough for it."
     )
-    return Method(distillers=("distribution_matching", "kernel_ridge"), why=why)
+    settings = {
+        "distribution_matching": {**formed, "iterations": 400},
+        "kernel_ridge": {**formed, "iterations": _STEPS_FOR_FEW if images <= _FEW else _STEPS},
+    }
+    return Method(distillers=("distribution_matching", "kernel_ridge"), why=why, settings=settings)
+
+
+def _automatic_private(images: int, formation: int) -> Method:
+    surrogate, matching = PRIVATE_METHODS
+    if images > _MOST_FOR_RIDGE:
+        why = (
+            "it asks for two noisy sums over patients and nothing else; ridge regression on a made-up cohort, "
+            f"which is better for small releases, takes long for {images} images."
+        )
+        return Method(distillers=(matching,), why=why)
+    why = (
+        "of the methods that only ask for noisy sums over patients it gave the best students: a cohort is made up "
+        f"from two sums and distilled like a real one; {images} images are few enough for that."
+    )
+    return Method(distillers=(surrogate,), why=why, settings={surrogate: {"formation": formation}})
 
 
 def make_distiller(name: str, settings: Mapping[str, Any]) -> Distiller:
@@ -160,7 +193,15 @@ def distill(
     Example:
         >>> distill(OpenCurator(train), method="kernel_ridge", ipc=1).distilled  # doctest: +SKIP
     """
-    recipe = make_recipe(curator.task, method=method, ipc=ipc, seed=seed, settings=settings)
+    recipe = make_recipe(
+        curator.task,
+        method=method,
+        ipc=ipc,
+        seed=seed,
+        settings=settings,
+        image_shape=curator.image_shape,
+        private=isinstance(curator, PrivateCurator),
+    )
     return run_recipe(
         recipe,
         curator,
@@ -182,17 +223,20 @@ def make_recipe(
     ipc: int = 10,
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    image_shape: tuple[int, ...] | None = None,
+    private: bool = False,
 ) -> Recipe:
-    """The complete recipe behind a method name, with every setting spelled out.
+    """The complete recipe behind a method name, with every setting spelled out; see :func:`resolve_method`.
 
     Raises:
         ConfigError: If a name or setting is unknown.
     """
-    chosen, settings = resolve_method(method, task, ipc), settings or {}
+    chosen = resolve_method(method, task, ipc, image_shape=image_shape, private=private)
+    settings = settings or {}
     _check_sections(settings, chosen.distillers)
     steps = []
     for name in chosen.distillers:
-        distiller = make_distiller(name, settings.get(name, {}))
+        distiller = make_distiller(name, {**chosen.settings.get(name, {}), **settings.get(name, {})})
         steps.append(Step(distiller=name, settings=asdict(cast("Any", distiller))))
     return Recipe(steps=tuple(steps), ipc=ipc, seed=seed, version=__version__)
 
@@ -210,11 +254,20 @@ def run_recipe(
     observer: Observer | None = None,
     progress: Progress | None = None,
 ) -> Distillation:
-    """Run a complete recipe; see :func:`distill` for the arguments."""
+    """Run a complete recipe; see :func:`distill` for the arguments.
+
+    Raises:
+        PrivacyError: If something is to be chosen on validation patients while a private curator answers.
+    """
+    if isinstance(curator, PrivateCurator) and (validation is not None or patience):
+        raise PrivacyError(
+            "Under differential privacy nothing is chosen on validation patients, whom no budget covers: the "
+            "student's schedule is the method's own, and no distiller is stopped early. Leave out patience."
+        )
     progress, compute = progress or Progress(), compute or Compute()
     result: Synthetic | None = None
     snapshots = _noise_start(recipe, curator)
-    kept = _Kept.of(folder, recipe, *((curator.images(), validation) if folder else ()))
+    kept = _Kept.of(folder, recipe, curator, validation)
     for position, step in enumerate(recipe.steps):
         watch = ValidationWatch(
             distiller=step.distiller,
@@ -273,17 +326,24 @@ class _Kept:
     digest: str
 
     @classmethod
-    def of(cls, folder: Path | None, recipe: Recipe, *parts: ImageSet | None) -> _Kept:
+    def of(cls, folder: Path | None, recipe: Recipe, curator: Curator, validation: ImageSet | None) -> _Kept:
         digest = hashlib.sha256(recipe.fingerprint().encode())
-        for part in parts:
-            if part is not None:
-                digest.update(part.images.contiguous().numpy().data)
-                digest.update(part.targets.numpy().tobytes())
-                digest.update("\n".join(part.patients).encode())
+        if isinstance(curator, PrivateCurator):  # what follows from other noisy answers is other work
+            digest.update(curator.identity.encode())
+        elif folder is not None:
+            _add_images(digest, curator.images(), validation)
         return cls(folder=folder, digest=digest.hexdigest()[:12])
 
     def checkpoint(self, name: str) -> Checkpoint:
         return FileCheckpoint(self.folder / f"{self.digest}-{name}.safetensors") if self.folder else NoCheckpoint()
+
+
+def _add_images(digest: Any, *parts: ImageSet | None) -> None:
+    for part in parts:
+        if part is not None:
+            digest.update(part.images.contiguous().numpy().data)
+            digest.update(part.targets.numpy().tobytes())
+            digest.update("\n".join(part.patients).encode())
 
 
 def _noise_start(recipe: Recipe, curator: Curator) -> dict[str, Tensor]:
