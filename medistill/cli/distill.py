@@ -83,7 +83,7 @@ def distill(
     how: dict[str, Any] = {"folder": out / "checkpoints", "compute": compute, "looks": looks}
     how |= {"observer": FormingSheet(out / "forming"), "progress": progress()}
     if epsilon is None:
-        chosen = resolve_method(method, real.task, ipc)
+        chosen = resolve_method(method, real.task, ipc, image_shape=shape_of_images(real, size))
         typer.echo(f"{' + '.join(chosen.distillers)}: {chosen.why}", err=True)
         curator, validation = OpenCurator(train.images(size)), real.split("validation").images(size)
         result = distil(curator, validation=validation, patience=patience, **what, **how)

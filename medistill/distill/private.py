@@ -37,7 +37,9 @@ from medistill.progress import Progress
 
 #: Test AUROC of a ConvNet trained on a private release of PneumoniaMNIST (10 images per class, delta 1e-5): by
 #: method, then epsilon, the lowest and the highest of the seeds measured.
-MEASURED: Mapping[str, Mapping[float, tuple[float, float]]] = {}
+MEASURED: Mapping[str, Mapping[float, tuple[float, float]]] = {
+    "surrogate": {1.0: (0.893, 0.920), 3.0: (0.920, 0.935), 8.0: (0.909, 0.947)},
+}
 _FEWEST = 100
 _BEYOND = (
     "The guarantee is about the images, their labels and the recipe. Counts of patients, and the figures of an "

@@ -9,18 +9,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from medistill.core.compute import Compute
 from medistill.core.distilled import ViewLabels
+from medistill.core.guarantee import PrivacyPlan, Query, QueryKind
 from medistill.core.protocols import Checkpoint, Curator, Synthetic, Workbench
-from medistill.core.task import TaskKind
+from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.finite import check_finite
 from medistill.distill.norm_statistics import statistics_distance, with_matched_norms
 from medistill.distill.squeeze import Squeeze, squeeze, squeezed_state
 from medistill.distill.start import check_init, initial
-from medistill.errors import ConfigError
+from medistill.errors import ConfigError, PrivacyError
+from medistill.networks.layers import Classifier
 from medistill.parallel import parallel_map, worth_processes
 from medistill.registry import NETWORKS
 from medistill.seeds import derive_seed
@@ -31,6 +34,14 @@ from medistill.training.views import crop, mirrored, random_boxes
 PIXEL_DEVIATION = 0.25
 #: A look at images that are not finished labels so many views.
 _VIEWS_OF_A_LOOK = 10
+_NORMS = ("batch", "group", "instance")
+_MEANS_NOISE = 3.0  # of the one sum, relative to every step's
+_LABELS = 3  # of a patient of a multilabel task; the row of one with more is shortened
+_ASSUMPTIONS = (
+    "The teacher's architecture and first weights, and the crops of every step, follow from public settings and a "
+    "public seed.",
+    "Clip norm, sampling rate and number of steps were fixed without looking at these patients.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +67,24 @@ class SRe2L:
     ``views=300``, ``temperature=20``). Step sizes are as published, in units of the network's input, of which
     one is 0.25 of a pixel's range.
 
+    Without BatchNorm (``norm="group"`` or ``"instance"``) there are no running statistics to match. Instead, the
+    curator is asked for the class means :math:`\mu_c` of the teacher's features :math:`f`, each made a unit
+    vector, and the second term is
+
+    .. math:: r' \sum_c \Big\lVert \tfrac{1}{|S_c|} \sum_{x \in S_c} f(A(x)) - \mu_c \Big\rVert^2
+
+    This is what a private curator allows: statistics of BatchNorm cannot be made private, a teacher can be trained
+    on noisy gradients (:func:`medistill.distill.squeeze.squeeze_privately`) and the class means are one noisy sum.
+    The counts in it also take from the teacher its leaning towards classes with more patients, which is the
+    logarithm of the class's share.
+
     Args:
         teacher: Registered network that takes ``width``, ``depth`` and ``norm="batch"``: ``"resnet"`` or
             ``"convnet"``; ``"auto"`` is the ConvNet for sides below 64 px and the ResNet from there on.
         width: Width of the teacher; ``0`` is the network's own choice.
         depth: Depth of the teacher; ``0`` is the network's own choice.
+        norm: Normalisation of the teacher: ``"batch"``, or ``"group"`` or ``"instance"``, with which it can be
+            private; ``"auto"`` is then the ConvNet.
         epochs: Epochs of the teacher.
         teacher_rate: Adam step size of the teacher, cosine-decayed.
         teacher_batch: Real images per step.
@@ -68,6 +92,7 @@ class SRe2L:
         rate: Adam step size (betas 0.5, 0.9) of the images, cosine-decayed.
         bn_weight: :math:`r`; published .01 for 1,000 classes and 1 for 200.
         first_weight: :math:`w_1`.
+        mean_weight: :math:`r'`, without BatchNorm.
         crop: Smallest share of the area of a random crop, in all three stages.
         curriculum: Share of the iterations over which the smallest crop shrinks from the whole image to ``crop``
             along half a cosine (CDA: 1); ``0`` is SRe2L.
@@ -78,18 +103,24 @@ class SRe2L:
         views: Views of every image that are labelled.
         temperature: Temperature of the labels.
         init: ``"noise"`` or ``"real"``.
+        private_steps: Noisy gradients on which a private teacher is trained, in the place of epochs and batches.
+        sampling_rate: Probability with which each patient takes part in one of them.
+        clip_norm: Longest gradient of a patient.
         checkpoint_every: Steps between checkpoints where all images are in one batch; otherwise one a batch.
 
     References:
         Yin, Xing, Shen, NeurIPS 2023, arXiv:2306.13092. Yin & Shen 2023, arXiv:2311.18838.
 
     Privacy:
-        Squeezing needs raw images and proves nothing about the teacher; all that follows sees the teacher only.
+        With an open curator, squeezing needs raw images and proves nothing about the teacher. A private curator is
+        asked for ``private_steps`` noisy gradients and one noisy sum. All that follows sees the teacher and the
+        class means only.
     """
 
     teacher: str = "auto"
     width: int = 0
     depth: int = 0
+    norm: str = "batch"
     epochs: int = 6
     teacher_rate: float = 0.002
     teacher_batch: int = 64
@@ -97,6 +128,7 @@ class SRe2L:
     rate: float = 0.25
     bn_weight: float = 0.01
     first_weight: float = 10.0
+    mean_weight: float = 1.0
     crop: float = 0.25
     curriculum: float = 1.0
     roll: float = 0.14
@@ -106,10 +138,14 @@ class SRe2L:
     views: int = 100
     temperature: float = 2.0
     init: str = "noise"
+    private_steps: int = 200
+    sampling_rate: float = 0.05
+    clip_norm: float = 0.5
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         check_init(self.init)
+        self._check_private()
         if self.teacher != "auto":
             NETWORKS.load(self.teacher)
         counts = (self.epochs, self.teacher_batch, self.iterations, self.batch, self.least, self.views)
@@ -125,16 +161,76 @@ class SRe2L:
         if not 0 < self.crop <= 1 or not 0 <= self.curriculum <= 1 or not 0 <= self.roll <= 1:
             raise ConfigError("Expected crop in (0, 1], and curriculum and roll in [0, 1].")
 
+    def _check_private(self) -> None:
+        if self.norm not in _NORMS:
+            raise ConfigError(f"Expected norm to be one of {', '.join(_NORMS)}, got {self.norm!r}.")
+        if self.private_steps < 1 or not 0 < self.sampling_rate <= 1 or not 0 < self.clip_norm < math.inf:
+            raise ConfigError("Expected private_steps >= 1, sampling_rate in (0, 1] and a finite clip_norm > 0.")
+        if not 0 <= self.mean_weight < math.inf:
+            raise ConfigError("Expected a finite mean_weight >= 0.")
+
+    def plan(self, task: Task, image_shape: tuple[int, ...], ipc: int) -> PrivacyPlan:
+        """The steps of the teacher, and one sum.
+
+        Raises:
+            PrivacyError: If the teacher has BatchNorm, or the start is real.
+        """
+        if self.norm == "batch":
+            raise PrivacyError(
+                "sre2l under differential privacy: BatchNorm ties the images of a batch together and its "
+                "statistics are not private. Set sre2l's norm to 'group' or 'instance'."
+            )
+        if self.init == "real":
+            raise PrivacyError(
+                "sre2l under differential privacy: a real start needs the images; take init 'noise'."
+            )
+        return PrivacyPlan(
+            queries=(
+                Query(
+                    kind=QueryKind.GRADIENT,
+                    purpose="steps of the teacher",
+                    count=self.private_steps,
+                    sampling_rate=self.sampling_rate,
+                ),
+                Query(kind=QueryKind.SUM, purpose="class means of features", relative_noise=_MEANS_NOISE),
+            ),
+            assumptions=_ASSUMPTIONS,
+        )
+
     def distill(
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Squeeze with the curator; recover and relabel without. Resumes with the same bits."""
+        if private := curator.noise(0) > 0:
+            self.plan(curator.task, curator.image_shape, ipc)  # refuses what cannot be private
         first = initial(curator, init=self.init, ipc=ipc, seed=seed, start=start)
         kind, seed = curator.task.kind, derive_seed(seed, "sre2l")
         teacher = squeeze(curator, settings=self.squeeze(), seed=seed, bench=bench)
-        bench = replace(bench, checkpoint=_Beside(bench.checkpoint, squeezed_state(teacher, self.epochs)))
-        images = recover(teacher, first, kind=kind, settings=self, seed=seed, bench=bench)
+        finished = squeezed_state(teacher, self.private_steps if private else self.epochs)
+        means = None
+        if self.norm != "batch":
+            kept = bench.checkpoint.load() or {}
+            if "means" in kept:
+                moments = kept["means"]
+                curator.resume(self.private_steps + 1 if private else 0)
+            else:
+                moments = self._moments(curator, teacher, bench.compute)
+            finished["means"], means = moments, moments[:, :-1]
+            if private and kind is not TaskKind.MULTILABEL:
+                teacher = without_leaning(teacher, moments[:, -1])
+        bench = replace(bench, checkpoint=_Beside(bench.checkpoint, finished))
+        images = recover(teacher, first, kind=kind, settings=self, seed=seed, bench=bench, means=means)
         return labelled(teacher, images, first.hard_labels, kind=kind, settings=self, seed=seed, bench=bench)
+
+    def _moments(self, curator: Curator, teacher: nn.Module, compute: Compute) -> Tensor:
+        """Class means of features, and patients of the classes beside them; no count is below its noise."""
+        labels = _LABELS if curator.task.kind is TaskKind.MULTILABEL else 1
+        clip_norm = math.sqrt(2 * labels)
+        noise = curator.noise(self.private_steps) * clip_norm
+        sums = feature_sums(curator, teacher, clip_norm=clip_norm, compute=compute)
+        counts = sums[:, -1:].clamp_min(max(1e-6, noise))
+        means = sums[:, :-1] / counts
+        return torch.cat([means / means.norm(dim=1, keepdim=True).clamp_min(1.0), counts], dim=1)
 
     def squeeze(self) -> Squeeze:
         """The settings of the teacher."""
@@ -142,11 +238,15 @@ class SRe2L:
             network=self.teacher,
             width=self.width,
             depth=self.depth,
+            norm=self.norm,
             epochs=self.epochs,
             rate=self.teacher_rate,
             batch=self.teacher_batch,
             crop=self.crop,
             mirror=self.mirror,
+            private_steps=self.private_steps,
+            sampling_rate=self.sampling_rate,
+            clip_norm=self.clip_norm,
         )
 
 
@@ -165,13 +265,61 @@ class _Beside:
         self._checkpoint.save({**self._finished, **state})
 
 
+# -- what else is asked of the data ------------------------------------------------------------------------------
+
+
+def feature_sums(curator: Curator, teacher: nn.Module, *, clip_norm: float, compute: Compute) -> Tensor:
+    """Unit-length features summed over every class's patients, and patients of the class; shape ``(k, d + 1)``.
+
+    Args:
+        curator: Who answers: one sum.
+        teacher: From :func:`squeeze`.
+        clip_norm: Longest row of a patient; that of an image is the root of twice its labels.
+        compute: Device.
+    """
+
+    def embed(images: Tensor, targets: Tensor) -> Tensor:
+        features = unit_features(teacher, compute.put(images))
+        row = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+        return (compute.put(targets)[:, :, None] * row[:, None, :]).flatten(1)
+
+    return curator.sum(embed, clip_norm=clip_norm).cpu().view(curator.task.n_classes, -1)
+
+
+def unit_features(teacher: nn.Module, images: Tensor) -> Tensor:
+    """What comes into the teacher's last layer, as unit vectors."""
+    assert isinstance(teacher, Classifier)
+    return F.normalize(teacher.features(images).float(), dim=1)
+
+
+def without_leaning(teacher: nn.Module, counts: Tensor) -> nn.Module:
+    """A copy that answers as if it had been trained on equally many patients of every class.
+
+    Args:
+        teacher: Trained on patients as they come.
+        counts: Patients of every class.
+    """
+    balanced = copy.deepcopy(teacher)
+    assert isinstance(balanced, Classifier)
+    with torch.no_grad():
+        balanced.head.bias.sub_((counts / counts.sum()).log().to(balanced.head.bias))
+    return balanced
+
+
 # -- recover ---------------------------------------------------------------------------------------------------
 
 
 def recover(
-    teacher: nn.Module, start: Synthetic, *, kind: TaskKind, settings: SRe2L, seed: int, bench: Workbench
+    teacher: nn.Module,
+    start: Synthetic,
+    *,
+    kind: TaskKind,
+    settings: SRe2L,
+    seed: int,
+    bench: Workbench,
+    means: Tensor | None = None,
 ) -> Tensor:
-    """Invert the teacher; post-processing of it, since nothing else comes from the data.
+    """Invert the teacher; post-processing of it and of the class means, since nothing else comes from the data.
 
     Batches do not depend on each other and are recovered in several processes; memory does not grow with their
     number beyond the images themselves.
@@ -183,6 +331,7 @@ def recover(
         settings: Steps, weights and crops.
         seed: Public seed.
         bench: Device, workers, progress, checkpoint and watch.
+        means: Class means of features to match, shape ``(k, d)``, where the teacher has no BatchNorm.
 
     Returns:
         Images in ``[0, 1]`` on the CPU.
@@ -196,6 +345,7 @@ def recover(
             targets=start.soft_labels[part],
             kind=kind,
             settings=settings,
+            means=means,
             seed=derive_seed(seed, "recover", number),
             compute=bench.compute.of_worker(number),
         )
@@ -267,6 +417,7 @@ class RecoverJob:
         settings: Steps, weights and crops.
         seed: Public seed.
         compute: Device and precision.
+        means: Class means of features, where the network has no BatchNorm.
     """
 
     network: nn.Module
@@ -276,6 +427,7 @@ class RecoverJob:
     settings: SRe2L
     seed: int
     compute: Compute
+    means: Tensor | None = None
 
 
 def recover_batch(job: RecoverJob) -> Tensor:
@@ -305,10 +457,7 @@ class _Recovery:
         settings = self._job.settings
         done = step / settings.iterations
         self._adam.param_groups[0]["lr"] = settings.rate * PIXEL_DEVIATION * cosine(done, floor=0.0)
-        with self._job.compute.autocast():
-            logits = self._network(self._changed(smallest_crop(done, settings)))
-            loss = objective(self._job.kind, logits.float(), self._targets)
-        loss = loss + settings.bn_weight * statistics_distance(self._network, first_weight=settings.first_weight)
+        loss = self._loss(self._changed(smallest_crop(done, settings)))
         check_finite((loss,), distiller="sre2l", step=step, remedy="Lower rate, bn_weight or first_weight.")
         self._adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -316,6 +465,20 @@ class _Recovery:
         with torch.no_grad():
             self._images.clamp_(0.0, 1.0)
         return loss.item()
+
+    def _loss(self, images: Tensor) -> Tensor:
+        settings, kind, means = self._job.settings, self._job.kind, self._job.means
+        if means is None:
+            with self._job.compute.autocast():
+                loss = objective(kind, self._network(images).float(), self._targets)
+            distance = statistics_distance(self._network, first_weight=settings.first_weight)
+            return loss + settings.bn_weight * distance
+        network = self._network
+        assert isinstance(network, Classifier)
+        with self._job.compute.autocast():
+            features = network.features(images)
+            loss = objective(kind, network.head(features).float(), self._targets)
+        return loss + settings.mean_weight * means_distance(features.float(), self._targets, means)
 
     def _changed(self, smallest: float) -> Tensor:
         settings, generator = self._job.settings, self._generator
@@ -341,6 +504,19 @@ class _Recovery:
         self._generator.set_state(kept["generator"])
         unpack_optimizer(self._adam, kept, "adam")
         return int(kept["steps"])
+
+
+def means_distance(features: Tensor, targets: Tensor, means: Tensor) -> Tensor:
+    """Squared distance of class means of features made unit vectors, summed over the classes of a batch.
+
+    Args:
+        features: Shape ``(n, d)``.
+        targets: How much of each image is of each class, shape ``(n, k)``.
+        means: Wanted, shape ``(k, d)``.
+    """
+    totals = targets.sum(0)[:, None]
+    found = targets.T @ F.normalize(features, dim=1) / totals.clamp_min(1e-6)
+    return ((found - means.to(found)) * (totals > 0)).square().sum()
 
 
 def smallest_crop(done: float, settings: SRe2L) -> float:

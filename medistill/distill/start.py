@@ -32,8 +32,9 @@ def check_init(init: str) -> None:
 def needs_images(method: str) -> PrivacyError:
     """The refusal of a method that cannot be private: it works on the images themselves."""
     return PrivacyError(
-        f"{method} needs patients' images themselves, which differential privacy does not allow. Take surrogate "
-        "or distribution_matching, which ask for noisy sums over patients only."
+        f"{method} needs patients' images themselves, which differential privacy does not allow. Take surrogate, "
+        "distribution_matching, gradient_matching or sre2l (norm: group), which ask for noisy sums over "
+        "patients only."
     )
 
 
