@@ -296,9 +296,9 @@ class _Pool(Generic[Item, Result]):
     def _new_child(self) -> _Child[Item]:
         try:
             ours, theirs = socket.socketpair()
-            with theirs:
+            with ours, theirs:
                 socket.send_fds(self._control, [b"+"], [theirs.fileno()])
-            connection = Connection(ours.detach())
+                connection = Connection(ours.detach())
             if not connection.poll(_PATIENCE):
                 raise OSError
             _, pid = connection.recv()
