@@ -22,6 +22,7 @@ from medistill.errors import ReleaseError
 from medistill.release.card import CARD_FILE
 from medistill.release.seal import SEAL_FILE, parse_seal
 from medistill.release.tensors import IMAGES_FILE, RECIPE_FILE, load_distilled, parse_json
+from medistill.training.views import picture_labels, pictures
 
 _NEEDED = (IMAGES_FILE, RECIPE_FILE, CARD_FILE)
 
@@ -48,6 +49,8 @@ class VerifiedRelease:
 class Release(Dataset[tuple[Tensor, Tensor]]):
     """A verified release as a dataset of ``(image, soft_label)`` pairs.
 
+    Where the images are mosaics, a pair is a tile in the size of the whole image, with its own label.
+
     Args:
         distilled: Images and labels, with recipe, schedule and privacy statement.
         card: What ``card.json`` holds.
@@ -56,12 +59,14 @@ class Release(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, distilled: DistilledSet, card: Mapping[str, Any]) -> None:
         self.distilled = distilled
         self.card = card
+        self._images = pictures(distilled.images, distilled.views)
+        self._labels = picture_labels(distilled.soft_labels, distilled.views)
 
     def __len__(self) -> int:
-        return len(self.distilled)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.distilled.images[index], self.distilled.soft_labels[index]
+        return self._images[index], self._labels[index]
 
 
 def verify_release(path: Path) -> VerifiedRelease:

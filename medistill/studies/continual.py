@@ -46,7 +46,7 @@ from medistill.studies.contest import content_digest
 from medistill.studies.incremental import Benchmark, Judge, class_groups, join_cohorts
 from medistill.studies.records import keep, keep_record, read_record
 from medistill.training.fit import fit, predict
-from medistill.training.views import pictures
+from medistill.training.views import picture_labels, pictures
 
 ARMS = ("distilled", "random", "herding", "all", "finetune")
 _ALONE = Compute(jobs=1)
@@ -228,9 +228,8 @@ def _remember(cell: Cell, config: ContinualConfig, mine: ImageSet, group: tuple[
         looks=1,
     ).distilled
     shown, labels, hard = made.images, made.soft_labels, made.hard_labels
-    if made.views is not None and made.views.are_tiles:
-        shown, labels = pictures(made.images, made.views), made.views.soft_labels.transpose(0, 1).flatten(0, 1)
-        hard = hard.repeat_interleave(len(made.views))
+    shown, labels = pictures(shown, made.views), picture_labels(labels, made.views)
+    hard = hard.repeat_interleave(len(shown) // len(hard))
     kept = hard < len(group)
     joint = torch.zeros(int(kept.sum()), mine.task.n_classes)
     joint[:, list(group)] = labels[kept][:, : len(group)]

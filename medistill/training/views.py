@@ -75,6 +75,13 @@ def pictures(images: Tensor, views: ViewLabels | None) -> Tensor:
     return crop(images.repeat_interleave(len(views), dim=0), views.boxes.transpose(0, 1).flatten(0, 1))
 
 
+def picture_labels(soft_labels: Tensor, views: ViewLabels | None) -> Tensor:
+    """Soft labels of :func:`pictures`, in the same order, shape ``(m * tiles, k)``."""
+    if views is None or not views.are_tiles:
+        return soft_labels
+    return views.soft_labels.transpose(0, 1).flatten(0, 1)
+
+
 def mosaics(images: Tensor, per_side: int) -> Tensor:
     """The reverse of :func:`tiles`, as far as there is one: images made smaller and laid side by side.
 

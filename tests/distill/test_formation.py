@@ -20,6 +20,7 @@ from medistill.errors import ConfigError
 from medistill.privacy.curator import OpenCurator
 from medistill.release.card import build_card, readme
 from medistill.release.tensors import load_distilled, save_distilled
+from medistill.release.verify import Release
 from medistill.report.page import render_report
 from medistill.training.views import mosaics, pictures, random_boxes, tile_boxes, tiles
 from tests.conftest import blobs
@@ -82,6 +83,11 @@ def test_a_mosaic_is_released_with_the_labels_of_its_tiles(tmp_path: Path) -> No
     again = load_distilled(tmp_path)
     assert pictures(again.images, again.views).shape == (16, 1, 16, 16)
     torch.testing.assert_close(pictures(again.images, again.views), tiles(made.images, 2))
+    items = Release(again, {})
+    assert len(items) == 16
+    image, label = items[5]  # the second tile of the second image
+    torch.testing.assert_close(image, tiles(made.images, 2)[5])
+    assert torch.equal(label, made.views.soft_labels[1, 1])
 
 
 def test_labels_of_tiles_come_from_the_distiller_before() -> None:
