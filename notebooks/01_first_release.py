@@ -172,7 +172,7 @@ made = distill(
     validation=validation,
 )
 release = made.distilled
-print(f"{len(release.distilled)} images made from {len(train)} images of {len(train.unique_patients)} patients")
+print(f"{len(release)} images made from {len(train)} images of {len(train.unique_patients)} patients")
 print(release.privacy.sentence)
 
 # %% [markdown]

@@ -190,7 +190,7 @@ def test_a_run_after_an_outage_goes_on(orthanc: Orthanc, stored: list[Stored], s
     assert 0 < len(names) < len(items) == len(source) == 45
     assert {code for code, _ in refusals(items)} == {"NET_PARTIAL"}
     assert refusals(items)[-1][1] == "the archive could not be reached any more; run again to go on"
-    rest = list(from_orthanc(orthanc, spool, **everything).items(known=names))
+    rest = list(from_orthanc(orthanc, spool, timeout=30.0, **everything).items(known=names))
     assert {item.name for item in rest if item.payload is None} == names
     assert arrived(rest) == {item.name for item in items} - names
 
