@@ -196,7 +196,7 @@ def test_a_run_after_an_outage_goes_on(orthanc: Orthanc, stored: list[Stored], s
 
 
 def test_no_more_files_wait_than_agreed(orthanc: Orthanc, spool: Path) -> None:
-    source = from_orthanc(orthanc, spool, date="20200101-20201231")
+    source = from_orthanc(orthanc, spool, timeout=30.0, date="20200101-20201231")
     most = 0
     for number, item in enumerate(source.items()):
         if number < 8:
