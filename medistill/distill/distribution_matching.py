@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,20 +117,13 @@ class DistributionMatching:
             now = images.detach().cpu().clone()
             return formed(now, labels, first.hard_labels, formation=self.formation)
 
-        for step in bench.steps(
-            done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
-        ):
-            adam.param_groups[0]["lr"] = self.rate * cosine(step / self.iterations, floor=0.01)
+        def loss(step: int) -> Tensor:
             k = step % self.networks
             with bench.compute.autocast():
                 features = pool[k].features(tiles(images, self.formation))
-            loss = matching_loss(features.float(), means[k])
-            adam.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            adam.step()
-            with torch.no_grad():
-                images.clamp_(0.0, 1.0)
-            bench.progress.note(loss=loss.item())
+            return matching_loss(features.float(), means[k])
+
+        self._match(images, adam, loss, done=done, state=state, current=current, bench=bench)
         return current()
 
     def _distill_privately(
@@ -155,18 +149,35 @@ class DistributionMatching:
             now = images.detach().clone()
             return Synthetic(images=now.cpu(), soft_labels=teacher.soft_labels(now), hard_labels=first.hard_labels)
 
+        def loss(step: int) -> Tensor:
+            return matching_loss(moments.centred(images), means)
+
+        self._match(images, adam, loss, done=done, state=state, current=current, bench=bench)
+        return current()
+
+    def _match(
+        self,
+        images: Tensor,
+        adam: torch.optim.Adam,
+        loss_of: Callable[[int], Tensor],
+        *,
+        done: int,
+        state: Callable[[int], dict[str, Tensor]],
+        current: Callable[[], Synthetic],
+        bench: Workbench,
+    ) -> None:
+        """Descend the loss of every step from here to the last."""
         for step in bench.steps(
             done, self.iterations, "matching", every=self.checkpoint_every, state=state, current=current
         ):
             adam.param_groups[0]["lr"] = self.rate * cosine(step / self.iterations, floor=0.01)
-            loss = matching_loss(moments.centred(images), means)
+            loss = loss_of(step)
             adam.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             adam.step()
             with torch.no_grad():
                 images.clamp_(0.0, 1.0)
             bench.progress.note(loss=loss.item())
-        return current()
 
     def _network(self, curator: Curator, seed: int, bench: Workbench) -> ConvNet:
         def factory(task: Task, shape: tuple[int, ...]) -> nn.Module:

@@ -14,7 +14,7 @@ from medistill.core.distilled import ViewLabels
 from medistill.core.protocols import Curator, Synthetic
 from medistill.distill.start import initial
 from medistill.errors import ConfigError
-from medistill.training.views import mosaics, tile_boxes
+from medistill.training.views import mosaics, picture_labels, tile_boxes
 
 
 def check_formation(formation: int) -> None:
@@ -45,7 +45,7 @@ def labels_of_tiles(synthetic: Synthetic, formation: int) -> Tensor:
     tiles = formation ** (synthetic.images.ndim - 2)
     views = synthetic.views
     if views is not None and views.are_tiles and len(views) == tiles:
-        return views.soft_labels.transpose(0, 1).flatten(0, 1)
+        return picture_labels(synthetic.soft_labels, views)
     return synthetic.soft_labels.repeat_interleave(tiles, dim=0)
 
 

@@ -20,6 +20,7 @@ from medistill.core.task import Task, TaskKind
 from medistill.distill.batches import class_batch
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.finite import check_finite
+from medistill.distill.labels import MOST_LABELS
 from medistill.distill.start import check_init, initial
 from medistill.errors import ConfigError, PrivacyError
 from medistill.networks.convnet import ConvNet
@@ -34,7 +35,6 @@ _FEW_STEPS = 200  # matching steps of a run whose number of iterations is not se
 _SEEDS = 1 << 62
 _REMEDY = "Lower network_rate, rate or inner."
 _COUNTS_NOISE = 10.0  # of the one count, relative to every gradient's
-_LABELS = 3  # of a patient of a multilabel task; the row of one with more is shortened
 _ASSUMPTIONS = (
     "Fresh networks, their training and the images follow from a public seed and the noisy answers alone.",
     "Clip norm, sampling rate and number of matching steps were fixed without looking at these patients.",
@@ -363,7 +363,7 @@ def patients_of_each(curator: Curator) -> Tensor:
         curator: Who answers.
     """
     task = curator.task
-    clip_norm = math.sqrt(1 + (_LABELS if task.kind is TaskKind.MULTILABEL else 1))
+    clip_norm = math.sqrt(1 + (MOST_LABELS if task.kind is TaskKind.MULTILABEL else 1))
 
     def embed(images: Tensor, targets: Tensor) -> Tensor:
         return torch.cat([targets, torch.ones_like(targets[:, :1])], dim=1)

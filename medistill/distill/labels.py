@@ -6,6 +6,9 @@ from torch import Tensor
 
 from medistill.core.task import TaskKind
 
+#: Labels of one image of a multilabel task that fit the clip norm of a private sum; rows with more are shortened.
+MOST_LABELS = 3
+
 
 def label_scores(soft_labels: Tensor, kind: TaskKind, *, confidence: float) -> Tensor:
     """Scores whose :func:`medistill.training.objectives.probabilities` are the labels, kept away from 0 and 1.

@@ -27,6 +27,7 @@ from medistill.core.compute import Compute
 from medistill.core.guarantee import PrivacyPlan, Query, QueryKind
 from medistill.core.protocols import Curator, Embed
 from medistill.core.task import Task, TaskKind
+from medistill.distill.labels import MOST_LABELS
 from medistill.distill.public_features import PublicFeatures
 from medistill.errors import DataError
 from medistill.training.objectives import probabilities
@@ -35,8 +36,6 @@ from medistill.training.objectives import probabilities
 MOST_NOISE = 0.8
 _FEWEST = 16
 _COUNT = 0.5
-#: Labels of one image of a multilabel task that fit the clip norm; patients with more count a little less.
-_LABELS = 3
 _BATCH = 64
 
 ASSUMPTIONS = (
@@ -176,7 +175,7 @@ class _Targets:
 
     @property
     def length(self) -> float:
-        return math.sqrt(1 + _LABELS) if self.multilabel else 1.0
+        return math.sqrt(1 + MOST_LABELS) if self.multilabel else 1.0
 
     def extended(self, targets: Tensor) -> Tensor:
         return torch.cat([targets, torch.ones_like(targets[:, :1])], dim=1) if self.multilabel else targets

@@ -19,6 +19,7 @@ from medistill.core.task import Task, TaskKind
 from medistill.distill.checkpoint import pack_optimizer, unpack_optimizer
 from medistill.distill.decay import cosine
 from medistill.distill.finite import check_finite
+from medistill.distill.labels import MOST_LABELS
 from medistill.distill.norm_statistics import statistics_distance, with_matched_norms
 from medistill.distill.squeeze import Squeeze, squeeze, squeezed_state
 from medistill.distill.start import check_init, initial
@@ -36,7 +37,6 @@ PIXEL_DEVIATION = 0.25
 _VIEWS_OF_A_LOOK = 10
 _NORMS = ("batch", "group", "instance")
 _MEANS_NOISE = 3.0  # of the one sum, relative to every step's
-_LABELS = 3  # of a patient of a multilabel task; the row of one with more is shortened
 _ASSUMPTIONS = (
     "The teacher's architecture and first weights, and the crops of every step, follow from public settings and a "
     "public seed.",
@@ -224,7 +224,7 @@ class SRe2L:
 
     def _moments(self, curator: Curator, teacher: nn.Module, compute: Compute) -> Tensor:
         """Class means of features, and patients of the classes beside them; no count is below its noise."""
-        labels = _LABELS if curator.task.kind is TaskKind.MULTILABEL else 1
+        labels = MOST_LABELS if curator.task.kind is TaskKind.MULTILABEL else 1
         clip_norm = math.sqrt(2 * labels)
         noise = curator.noise(self.private_steps) * clip_norm
         sums = feature_sums(curator, teacher, clip_norm=clip_norm, compute=compute)

@@ -30,6 +30,7 @@ from medistill.networks.convnet import ConvNet
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.students import Student, train_students
+from medistill.training.views import hard_views
 
 Floats = NDArray[np.float64]
 _POSITIVE, _OUTSIDE = 1, 2
@@ -203,8 +204,8 @@ def _arms(
         yield _Arm(name="real", images=train.images, soft_labels=train.targets, schedule=schedule, number=number)
     for name, made in distilled.items():
         hard = F.one_hot(made.hard_labels, made.task.n_classes).float()
-        hard_views = made.views.with_labels(hard) if made.views is not None and made.views.are_tiles else None
-        for arm, labels, views in ((name, made.soft_labels, made.views), (f"{name}_hard", hard, hard_views)):
+        taught = ((name, made.soft_labels, made.views), (f"{name}_hard", hard, hard_views(made.views, hard)))
+        for arm, labels, views in taught:
             for number in range(seeds):
                 yield _Arm(
                     name=arm,

@@ -23,6 +23,7 @@ from medistill.progress import Progress
 from medistill.registry import NETWORKS, nearest
 from medistill.seeds import derive_seed
 from medistill.training.students import Floats, Student, train_students
+from medistill.training.views import hard_views
 
 _OPERATING_POINT = "(operating point)"
 ARMS = ("real", "random", "distilled", "distilled_hard")
@@ -195,9 +196,7 @@ def _training_set(
         labels = (labels >= 0.5).float()
     elif arm == "distilled_hard":
         labels = F.one_hot(distilled.hard_labels, distilled.task.n_classes).float()
-    views = distilled.views
-    if views is not None and arm == "distilled_hard":
-        views = views.with_labels(labels) if views.are_tiles else None
+    views = distilled.views if arm == "distilled" else hard_views(distilled.views, labels)
     return _TrainingSet(images=distilled.images, soft_labels=labels, schedule=distilled.schedule, views=views)
 
 

@@ -93,10 +93,9 @@ class OpenCurator:
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, targets and each image's share of its patient, some at a time."""
-        counts: dict[str, int] = {}
-        for patient in self._images.patients:
-            counts[patient] = counts.get(patient, 0) + 1
-        shares = torch.tensor([1.0 / counts[patient] for patient in self._images.patients])
+        shares = torch.empty(len(self._images))
+        for own in images_of(self._images.patients):
+            shares[own] = 1.0 / len(own)
         for start in range(0, len(self._images), _CHUNK):
             part = slice(start, start + _CHUNK)
             yield self._images.images[part], self._images.targets[part], shares[part]

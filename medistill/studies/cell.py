@@ -41,7 +41,7 @@ from medistill.seeds import derive_seed
 from medistill.studies.budget import Cost, probe, share_budget
 from medistill.studies.records import keep_record
 from medistill.training.students import Student, train_student, train_students
-from medistill.training.views import pictures
+from medistill.training.views import hard_views, pictures
 
 #: The schedule by which all methods are compared as well, beside the one chosen for each.
 COMMON_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
@@ -264,8 +264,7 @@ class _Judge:
         labels = {"soft": _Labels(targets=made.soft_labels, views=made.views)}
         if not whole:
             hard = _hardened(made, self.test.task)
-            mosaic = made.views if made.views is not None and made.views.are_tiles else None
-            labels["hard"] = _Labels(targets=hard, views=mosaic.with_labels(hard) if mosaic else None)
+            labels["hard"] = _Labels(targets=hard, views=hard_views(made.views, hard))
         arms: dict[str, Any] = {}
         draws: dict[str, Tensor] = {}
         trained: list[tuple[Schedule, _Labels, dict[str, Any], NDArray[np.float64]]] = []

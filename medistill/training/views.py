@@ -82,6 +82,11 @@ def picture_labels(soft_labels: Tensor, views: ViewLabels | None) -> Tensor:
     return views.soft_labels.transpose(0, 1).flatten(0, 1)
 
 
+def hard_views(views: ViewLabels | None, labels: Tensor) -> ViewLabels | None:
+    """Tiles with the hard labels of their whole images, shape ``(m, k)``; ``None`` where views are no tiles."""
+    return views.with_labels(labels) if views is not None and views.are_tiles else None
+
+
 def mosaics(images: Tensor, per_side: int) -> Tensor:
     """The reverse of :func:`tiles`, as far as there is one: images made smaller and laid side by side.
 

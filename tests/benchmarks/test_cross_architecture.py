@@ -6,27 +6,22 @@ Run with ``uv run pytest -m benchmark tests/benchmarks/test_cross_architecture.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
-from medistill.config import load_config
 from medistill.core.compute import fresh
 from medistill.core.distilled import DistilledSet, Schedule
 from medistill.core.images import ImageSet
 from medistill.core.protocols import Synthetic
-from medistill.cpu import keep_freed_memory
 from medistill.distill import distill
 from medistill.distill.schedule import CANDIDATES, choose_schedule
-from medistill.ingest import ingest
 from medistill.privacy.curator import OpenCurator
 from medistill.progress import Progress
-from medistill.registry import NETWORKS, SOURCES
+from medistill.registry import NETWORKS
 from medistill.training.fit import fit, predict
-from tests.conftest import REPOSITORY
+from tests.benchmarks.conftest import Ingested
 
 pytestmark = pytest.mark.benchmark
 SEEDS = (0, 1, 2)
@@ -48,15 +43,8 @@ class _Made:
 
 
 @pytest.fixture(scope="module")
-def made(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> _Made:
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDISTILL_DATA", str(shared_data))
-        config = load_config(REPOSITORY / "configs" / "pneumoniamnist.yaml")
-    source = SOURCES.load(config.source.kind)(config.source.path)
-    out = tmp_path_factory.mktemp("cross") / "cohort"
-    cohort = ingest(source, out, key=bytes(32), labels=config.source.labels, config=config.ingest)
+def made(pneumoniamnist: Ingested) -> _Made:
+    cohort = pneumoniamnist()
     train, validation, test = (cohort.split(name).images(28) for name in ("train", "validation", "test"))
     release = distill(OpenCurator(train), ipc=10, validation=validation).distilled
     aurocs = _aurocs("convnet", release, release.schedule, test)

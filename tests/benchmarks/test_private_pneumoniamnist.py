@@ -6,46 +6,24 @@ Run with ``uv run pytest -m benchmark tests/benchmarks/test_private_pneumoniamni
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
-from medistill.config import load_config
 from medistill.core.cohort import Cohort
 from medistill.core.compute import fresh
 from medistill.core.guarantee import Budget
 from medistill.core.protocols import Synthetic, Workbench
-from medistill.cpu import keep_freed_memory
 from medistill.distill.surrogate import Surrogate
-from medistill.ingest import ingest
-from medistill.ingest.splits import SplitFractions
 from medistill.networks.convnet import ConvNet
 from medistill.privacy.curator import PrivateCurator
 from medistill.privacy.ledger import Ledger
-from medistill.registry import SOURCES
 from medistill.training.fit import fit, predict
-from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.benchmark
 SEEDS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def cohort(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDISTILL_DATA", str(shared_data))
-        config = load_config(REPOSITORY / "configs" / "pneumoniamnist.yaml")
-    source = SOURCES.load(config.source.kind)(config.source.path)
-    fractions = SplitFractions(train=0.75, validation=0.10, holdout=0.15, test=0.0)
-    how = replace(config.ingest, burned_in="allow", fractions=fractions)  # 28 px hold no legible text
-    out = tmp_path_factory.mktemp("private_pneumoniamnist") / "cohort"
-    return ingest(source, out, key=bytes(32), labels=config.source.labels, config=how)
 
 
 def _auroc(cohort: Cohort, release: Synthetic, seed: int) -> float:
