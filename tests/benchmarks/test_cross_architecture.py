@@ -56,7 +56,8 @@ def _aurocs(name: str, release: DistilledSet, schedule: Schedule, test: ImageSet
     found = []
     for seed in SEEDS:
         network = fresh(NETWORKS.load(name), test.task, (1, 28, 28), 100 + seed)
-        fit(network, release.images, release.soft_labels, kind=test.task.kind, schedule=schedule, seed=seed)
+        images, labels, kind = release.images, release.soft_labels, test.task.kind
+        fit(network, images, labels, kind=kind, schedule=schedule, seed=seed, views=release.views)
         found.append(float(roc_auc_score(test.classes, predict(network, test.images, kind=test.task.kind)[:, 1])))
     return found
 
@@ -65,7 +66,10 @@ def _aurocs(name: str, release: DistilledSet, schedule: Schedule, test: ImageSet
 def test_other_networks_lose_little(made: _Made, name: str) -> None:
     release = made.release
     synthetic = Synthetic(
-        images=release.images, soft_labels=release.soft_labels, hard_labels=release.hard_labels, schedule=None
+        images=release.images,
+        soft_labels=release.soft_labels,
+        hard_labels=release.hard_labels,
+        views=release.views,
     )
     ranked = choose_schedule(
         synthetic,
