@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from medistill.core.guarantee import Budget, PrivacyPlan
 from medistill.errors import PrivacyError
@@ -50,6 +51,7 @@ def mechanisms_of(plan: PrivacyPlan, noise_multipliers: Sequence[float]) -> tupl
     )
 
 
+@lru_cache(maxsize=16)  # what was shown before a release is asked for again when it begins
 def calibrate(budget: Budget, plan: PrivacyPlan, *, seconds: float = PATIENCE) -> Calibrated:
     """The least noise with which a plan keeps to a budget: its epsilon is never above, and within 1 % below.
 
