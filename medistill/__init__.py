@@ -1,6 +1,6 @@
 """medistill: medical images that may not be shared, turned into a small synthetic release that trains a model.
 
-Example, on a synthetic cohort and without any patient (about two minutes on two cores)::
+Example, on a synthetic cohort and without any patient (about three minutes on two cores)::
 
     from pathlib import Path
 

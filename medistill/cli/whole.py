@@ -17,7 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("medistill-demo"),
     patients: Annotated[int, typer.Option(min=60, help="Phantom patients.")] = 400,
 ) -> None:
-    """Show the whole job on a synthetic gastric X-ray cohort, in about two minutes.
+    """Show the whole job on a synthetic gastric X-ray cohort, in about three minutes.
 
     Example: `medistill demo --out medistill-demo`
     """

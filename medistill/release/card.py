@@ -192,7 +192,7 @@ def _views_note(card: Mapping[str, Any]) -> str:
     views = card["images"].get("views")
     if not views:
         return ""
-    what = " They do not overlap: the image is a mosaic of smaller images." if views.get("mosaic") else ""
+    what = "\nThey do not overlap: the image is a mosaic of smaller images." if views.get("mosaic") else ""
     return (
         f"\n\nStudents learn from {views['count']} crops of every image, each with a soft label of its own.{what} "
         "`view_boxes` has the shape\n(crop, image, corners): the low corner, then the high corner, in the order "
