@@ -1,5 +1,7 @@
 """How much a release gives away: attacks on patients, each beside a positive and a negative control."""
 
-from medistill.audit.runner import AuditPolicy, audit, require_patients
+from medistill.audit.attack import Exposed
+from medistill.audit.policy import AuditPolicy
+from medistill.audit.runner import audit, audit_images, require_patients
 
-__all__ = ["AuditPolicy", "audit", "require_patients"]
+__all__ = ["AuditPolicy", "Exposed", "audit", "audit_images", "require_patients"]

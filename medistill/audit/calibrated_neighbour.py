@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from medistill.core.images import averaged
+from medistill.audit.attack import Exposed, Floats, Guilty
+from medistill.audit.statistics import per_patient
+from medistill.core.compute import Compute
+from medistill.core.images import ImageSet, averaged, joined
+from medistill.progress import Progress
 
-Floats = NDArray[np.float64]
 _FLOOR = 1e-6
 
 
@@ -35,32 +38,63 @@ class CalibratedNeighbour:
         Reads non-released data of the reference and the candidates.
     """
 
+    threat: ClassVar[str] = "T2"
+    question: ClassVar[str] = "Was this patient among those the release was distilled from?"
+    guilty_of: ClassVar[str] = "a release of all attacked members' real images"
+    wanted: ClassVar[float] = 0.99
+
     components: int = 50
     volume_side: int = 32
 
-    def score(self, released: Tensor, candidates: Tensor, reference: Tensor) -> Floats:
-        """Score every candidate image without being told who is a member.
+    def prepare(
+        self,
+        candidates: ImageSet,
+        reference: ImageSet,
+        *,
+        ipc: int,
+        seed: int,
+        compute: Compute,
+        progress: Progress,
+    ) -> Calibrated:
+        """Find the principal components of the reference; nobody's membership matters."""
+        other = self.flat(reference.images)
+        count = min(self.components, len(other) - 1, other.shape[1])
+        space = PCA(n_components=count, svd_solver="randomized", random_state=0).fit(other)
+        return Calibrated(attack=self, space=space, reference=space.transform(other))
 
-        Args:
-            released: Images of the release, shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
-            candidates: Shape ``(n, c, h, w)``, or that of volumes.
-            reference: Images of patients who are neither members nor candidates, shape ``(r, c, h, w)``.
+    def guilty(self, members: ImageSet, others: ImageSet, reference: ImageSet, *, seed: int) -> Guilty:
+        """All images of all attacked members."""
+        return Guilty(
+            release=Exposed.of_images(members),
+            members=frozenset(members.patients),
+            candidates=joined(members, others),
+        )
 
-        Returns:
-            Shape ``(n,)``; higher means more likely a member.
-        """
-        flat = [self._flat(images) for images in (released, candidates, reference)]
-        count = min(self.components, len(flat[2]) - 1, flat[2].shape[1])
-        space = PCA(n_components=count, svd_solver="randomized", random_state=0).fit(flat[2])
-        near, who, other = (space.transform(images) for images in flat)
-        to_release = nearest_distance(who, near)
-        to_reference = nearest_distance(who, other)
-        score: Floats = np.log(to_reference + _FLOOR) - np.log(to_release + _FLOOR)
-        return score
-
-    def _flat(self, images: Tensor) -> Floats:
+    def flat(self, images: Tensor) -> Floats:
+        """Images as rows, volumes averaged, shape ``(n, d)``."""
         small = averaged(images, plane=images.shape[-1], solid=self.volume_side)
         return small.flatten(1).double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """The attack with the space in which distances are taken.
+
+    Args:
+        attack: Its settings.
+        space: Principal components of the reference.
+        reference: The reference in that space, shape ``(r, components)``.
+    """
+
+    attack: CalibratedNeighbour
+    space: PCA
+    reference: Floats
+
+    def score(self, release: Exposed, candidates: ImageSet) -> Floats:
+        """Mean over each patient's images, shape ``(patients,)``; higher means more likely a member."""
+        near, who = (self.space.transform(self.attack.flat(one.images)) for one in (release, candidates))
+        to_release, to_reference = nearest_distance(who, near), nearest_distance(who, self.reference)
+        return per_patient(np.log(to_reference + _FLOOR) - np.log(to_release + _FLOOR), candidates.patients)
 
 
 def nearest_distance(points: Floats, others: Floats) -> Floats:

@@ -136,6 +136,20 @@ def top_p_value(members: Floats, non_members: Floats, *, share: float) -> float:
     return float(stats.hypergeom.sf(int((order < len(members)).sum()) - 1, total, len(members), highest))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number, so that one below ``alpha`` arises by chance at most that often at all.
+
+    References:
+        Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def minimum_detectable_auroc(members: int, non_members: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest AUROC told from 0.5 at the level ``alpha`` (two-sided) with a given power.
 

@@ -71,6 +71,16 @@ class ImageSet:
         return self.select([i for i, patient in enumerate(self.patients) if patient in patients])
 
 
+def joined(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The images of both, those of the first before those of the second."""
+    return replace(
+        first,
+        images=torch.cat([first.images, second.images]),
+        targets=torch.cat([first.targets, second.targets]),
+        patients=first.patients + second.patients,
+    )
+
+
 def averaged(images: Tensor, *, plane: int, solid: int) -> Tensor:
     """Larger images averaged to ``plane`` pixels a side, larger volumes to ``solid``, for comparing many of them.
 

@@ -123,6 +123,7 @@ class AuditReport:
         non_members: Number of holdout patients attacked.
         not_tested: Threats that were not examined.
         release: Fingerprint of the distilled set that was audited.
+        refusals: Why it fails whatever the attacks found: limits of the policy that its claim does not keep.
     """
 
     outcomes: tuple[AttackOutcome, ...]
@@ -132,6 +133,7 @@ class AuditReport:
     non_members: int
     not_tested: tuple[str, ...]
     release: str
+    refusals: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""
@@ -148,6 +150,7 @@ class AuditReport:
                 "outcomes": outcomes,
                 "verdict": Verdict(values["verdict"]),
                 "not_tested": tuple(values["not_tested"]),
+                "refusals": tuple(values.get("refusals", ())),
             }
         )
 

@@ -1,0 +1,244 @@
+"""Does a release hold copies or mixtures of patients' images, or come nearer to its patients than to others?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medistill.audit.attack import Exposed
+from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift
+from medistill.audit.mixtures import Mixtures, MixtureSearch
+from medistill.core.images import ImageSet, joined
+from medistill.core.reports import AttackOutcome, ControlOutcome, Verdict
+from medistill.distill.start import random_images
+from medistill.seeds import derive_seed
+
+NAME = "copy_alarm"
+_REAL_PER_CLASS = 10
+_MIXED = 20
+_NOISE = 0.3
+_CAUGHT = 0.8
+_LIFTED = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """What was found, before all attacks' p-values are looked at together.
+
+    Args:
+        found: Copies among all patients.
+        mixtures: Mixtures among all patients.
+        copies: Released images that are copies of a training patient's image.
+        mixed: Those that are mixtures of two images, of which one at least is of a training patient.
+        share: Share of members among the patients nearest to the release.
+        p_value: Of so many members among them, or among the nearest pairs.
+        controls: Positive and negative.
+    """
+
+    found: CopySearch
+    mixtures: Mixtures
+    copies: int
+    mixed: int
+    share: float
+    p_value: float
+    controls: tuple[ControlOutcome, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Searched:
+    """Everybody a released image is compared with."""
+
+    train: ImageSet
+    everybody: ImageSet
+    balanced: ImageSet
+    members: frozenset[str]
+    others: frozenset[str]
+    reference: Tensor
+
+    def lift(self, released: Tensor) -> tuple[float, float]:
+        nearest = CopyAlarm().search(released, self.balanced, self.reference)
+        return source_lift(set(nearest.patients), set(self.members), set(self.others))
+
+
+def measure_copies(
+    release: Exposed,
+    control: Exposed,
+    *,
+    control_name: str,
+    train: ImageSet,
+    candidates: ImageSet,
+    members: frozenset[str],
+    holdout: ImageSet,
+    reference: ImageSet,
+    seed: int,
+) -> Copies:
+    """Search a release and its controls.
+
+    Args:
+        release: What is audited.
+        control: A release of patients of whom none is a candidate.
+        control_name: What that is, in words.
+        train: Images of all patients that the release was distilled from.
+        candidates: Images of as many members as others.
+        members: Members among the candidates.
+        holdout: Images of patients that distillation never saw.
+        reference: Images of further patients.
+        seed: Public seed.
+    """
+    searched = _Searched(
+        train=train,
+        everybody=joined(train, holdout),
+        balanced=candidates,
+        members=members,
+        others=frozenset(candidates.patients) - members,
+        reference=reference.images,
+    )
+    found = CopyAlarm().search(release.images, searched.everybody, reference.images)
+    mixtures = MixtureSearch().search(release.images, searched.everybody, reference.images)
+    inside = np.isin(mixtures.patients, train.unique_patients)
+    share, near = searched.lift(release.images)
+    pairs = MixtureSearch().search(release.images, searched.balanced, reference.images)
+    _, pair = source_lift(set(pairs.patients.flatten().tolist()), set(members), set(searched.others))
+    return Copies(
+        found=found,
+        mixtures=mixtures,
+        copies=_copies_of(found, set(train.patients)),
+        mixed=int((mixtures.mixed & inside.any(1)).sum()),
+        share=share,
+        p_value=min(1.0, 2 * min(near, pair)),
+        controls=(*_positive(searched, seed), _negative(searched, control, control_name)),
+    )
+
+
+def _positive(searched: _Searched, seed: int) -> tuple[ControlOutcome, ...]:
+    smallest = int(searched.train.targets.sum(0).min())
+    real = random_images(
+        searched.train, ipc=max(1, min(_REAL_PER_CLASS, smallest)), seed=derive_seed(seed, "real release")
+    )
+    guilty = CopyAlarm().search(real.images, searched.everybody, searched.reference)
+    rows = zip(guilty.copies, guilty.patients, real.patients, strict=True)
+    caught = np.mean([flag and who == true for flag, who, true in rows])
+    return (
+        ControlOutcome(
+            name="positive: a release of real images",
+            expected=f"at least {_CAUGHT:.0%} of the copied patients found",
+            observed=f"{caught:.0%} of {len(real)} found",
+            passed=bool(caught >= _CAUGHT),
+        ),
+        _mixed_control(searched, seed),
+        _noisy_control(searched, seed),
+    )
+
+
+def _mixed_control(searched: _Searched, seed: int) -> ControlOutcome:
+    """Halves of two patients' images each; random pairs, whatever their class."""
+    count = min(_MIXED, len(searched.train.unique_patients) // 2)
+    order = _one_image_each(searched.train, seed)
+    first, second = order[:count], order[count : 2 * count]
+    images = (searched.train.images[first] + searched.train.images[second]) / 2
+    found = MixtureSearch().search(images, searched.everybody, searched.reference)
+    names = [{searched.train.patients[i], searched.train.patients[j]} for i, j in zip(first, second, strict=True)]
+    rows = zip(found.mixed, found.patients, names, strict=True)
+    caught = np.mean([flag and set(pair.tolist()) == true for flag, pair, true in rows])
+    return ControlOutcome(
+        name="positive: mixtures of two real images",
+        expected=f"at least {_CAUGHT:.0%} of the mixed pairs found",
+        observed=f"{caught:.0%} of {count} found",
+        passed=bool(caught >= _CAUGHT),
+    )
+
+
+def _noisy_control(searched: _Searched, seed: int) -> ControlOutcome:
+    """Real images of attacked members under heavy noise."""
+    inside = searched.balanced.of_patients(searched.members)
+    chosen = inside.select(_one_image_each(inside, seed)[:_MIXED])
+    generator = torch.Generator().manual_seed(derive_seed(seed, "noise on real images"))
+    noise = _NOISE * torch.randn(chosen.images.shape, generator=generator)
+    share, p_value = searched.lift((chosen.images + noise).clamp(0, 1))
+    return ControlOutcome(
+        name=f"positive: real images under noise of {_NOISE:g}",
+        expected=f"members among the nearest patients, p below {_LIFTED:g}",
+        observed=f"{share:.0%} of the nearest are members, p = {p_value:.2g}",
+        passed=p_value < _LIFTED,
+    )
+
+
+def _negative(searched: _Searched, control: Exposed, name: str) -> ControlOutcome:
+    search = CopyAlarm().search(control.images, searched.balanced, searched.reference)
+    mixed = MixtureSearch().search(control.images, searched.balanced, searched.reference)
+    copies, mixtures = int(search.copies.sum()), int(mixed.mixed.sum())
+    return ControlOutcome(
+        name=f"negative: {name}",
+        expected="no copy and no mixture found",
+        observed=f"{copies} copies and {mixtures} mixtures found",
+        passed=copies == 0 and mixtures == 0,
+    )
+
+
+def conclude_copies(measured: Copies, *, corrected: float, alpha: float) -> AttackOutcome:
+    """What follows from the search.
+
+    Args:
+        measured: What was found.
+        corrected: Its p-value after Holm's correction over all attacks.
+        alpha: Level below which a p-value counts.
+    """
+    released = len(measured.found.copies)
+    lifted = corrected < alpha
+    guilty = bool(measured.copies or measured.mixed or lifted)
+    valid = all(control.passed for control in measured.controls)
+    verdict = Verdict.INVALID if not valid else Verdict.FAIL if guilty else Verdict.PASS
+    return AttackOutcome(
+        attack=NAME,
+        question="Does a released image depict one training patient, or two mixed, far better than anybody else?",
+        auroc=None,
+        tpr_at_fpr={},
+        p_value=corrected,
+        minimum_detectable_auroc=None,
+        findings={
+            "copies": float(measured.copies),
+            "mixtures_of_two": float(measured.mixed),
+            "pictures_searched": float(released),
+            "largest_correlation_with_a_patient": round(float(measured.found.correlation.max()), 2),
+            "largest_gap": round(float(measured.found.gap.max()), 2),
+            "gap_limit": measured.found.gap_limit,
+            "members_among_nearest_patients": measured.share,
+        },
+        controls=measured.controls,
+        verdict=verdict,
+        summary=_summary(measured, verdict, released, corrected),
+    )
+
+
+def _summary(measured: Copies, verdict: Verdict, released: int, corrected: float) -> str:
+    if verdict is Verdict.INVALID:
+        return "A control failed, so this result says nothing about the release."
+    if verdict is Verdict.PASS:
+        return (
+            f"None of the {released} released pictures stands out as a copy of one patient or a mixture of two. "
+            "This is the absence of an alarm, not a proof."
+        )
+    if measured.copies:
+        return f"{measured.copies} of {released} released pictures are copies of a training patient's image."
+    if measured.mixed:
+        return f"{measured.mixed} of {released} released pictures are mixtures of two patients' images."
+    return (
+        f"{measured.share:.0%} of the patients nearest to the released pictures are members; half would be chance "
+        f"(p = {corrected:.2g})."
+    )
+
+
+def _one_image_each(images: ImageSet, seed: int) -> list[int]:
+    """Positions of one image of each patient, patients in random order."""
+    first = {patient: number for number, patient in reversed(list(enumerate(images.patients)))}
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order of patients"))
+    positions = [first[patient] for patient in images.unique_patients]
+    return [positions[i] for i in torch.randperm(len(positions), generator=generator).tolist()]
+
+
+def _copies_of(search: CopySearch, members: set[str]) -> int:
+    rows = zip(search.copies, search.patients, strict=True)
+    return sum(bool(flag) and patient in members for flag, patient in rows)
