@@ -378,6 +378,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read, or with every problem of its content.
     """
+    values = read_yaml(path)
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, name=path.name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML file.
+
+    Raises:
+        ConfigError: If the file cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -388,9 +400,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"The configuration {path.name} is not valid YAML{where}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration {path.name} holds no sections; expected 'source:', 'distill:', …")
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values, name=path.name)
+    return values
 
 
 def parse_config(values: Mapping[str, Any], *, name: str = "configuration") -> RunConfig:

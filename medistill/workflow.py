@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from medistill import __version__
-from medistill.audit import audit, require_patients
+from medistill.audit import Exposed, audit, require_patients, write_audit
 from medistill.config import (
     DicomWebSection,
     DimseSection,
@@ -308,18 +308,28 @@ class _Run:
         return {"distill": self.digests["distill"], "audit": asdict(self.config.audit)}
 
     def audit(self) -> None:
+        train, holdout, reference = map(self.images, (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION))
         report = audit(
             self.distilled(),
-            train=self.images(Split.TRAIN),
-            holdout=self.images(Split.HOLDOUT),
-            reference=self.images(Split.VALIDATION),
+            train=train,
+            holdout=holdout,
+            reference=reference,
             policy=self.config.audit,
             seed=derive_seed(self.config.seed, "audit"),
             folder=self.folder / "checkpoints",
             compute=self.config.compute,
             progress=self.progress,
         )
-        write_text(self.folder / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
+        write_audit(
+            self.folder,
+            report,
+            Exposed.of(self.distilled()),
+            statement=self.distilled().privacy,
+            train=train,
+            holdout=holdout,
+            reference=reference,
+            version=__version__,
+        )
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def evaluate_inputs(self) -> Mapping[str, Any]:

@@ -2,6 +2,15 @@
 
 from medistill.audit.attack import Exposed
 from medistill.audit.policy import AuditPolicy
+from medistill.audit.record import read_pictures, write_audit
 from medistill.audit.runner import audit, audit_images, require_patients
 
-__all__ = ["AuditPolicy", "Exposed", "audit", "audit_images", "require_patients"]
+__all__ = [
+    "AuditPolicy",
+    "Exposed",
+    "audit",
+    "audit_images",
+    "read_pictures",
+    "require_patients",
+    "write_audit",
+]

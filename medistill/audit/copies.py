@@ -14,6 +14,7 @@ from medistill.audit.mixtures import Mixtures, MixtureSearch
 from medistill.core.images import ImageSet, joined
 from medistill.core.reports import AttackOutcome, ControlOutcome, Verdict
 from medistill.distill.start import random_images
+from medistill.report.audit_page import ClosePair
 from medistill.seeds import derive_seed
 
 NAME = "copy_alarm"
@@ -228,6 +229,37 @@ def _summary(measured: Copies, verdict: Verdict, released: int, corrected: float
     return (
         f"{measured.share:.0%} of the patients nearest to the released pictures are members; half would be chance "
         f"(p = {corrected:.2g})."
+    )
+
+
+def closest_pairs(
+    release: Exposed, *, train: ImageSet, holdout: ImageSet, reference: ImageSet, count: int = 6
+) -> tuple[ClosePair, ...]:
+    """The released pictures that stand out most for one training patient, beside what they are nearest to.
+
+    Args:
+        release: What is audited.
+        train: Images it was distilled from.
+        holdout: Images of patients that distillation never saw.
+        reference: Images of further patients.
+        count: How many pictures.
+
+    Privacy:
+        Returns patients' images, for the data owner's eyes only.
+    """
+    alarm = CopyAlarm()
+    gap = alarm.search(release.images, train, reference.images).gap
+    chosen = np.argsort(-gap)[:count].tolist()
+    inside, outside = (alarm.nearest(release.images[chosen], part.images) for part in (train, holdout))
+    return tuple(
+        ClosePair(
+            released=release.images[number],
+            member=train.images[inside[0][row]],
+            other=holdout.images[outside[0][row]],
+            with_member=float(inside[1][row]),
+            with_other=float(outside[1][row]),
+        )
+        for row, number in enumerate(chosen)
     )
 
 

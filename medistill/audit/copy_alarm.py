@@ -82,6 +82,12 @@ class CopyAlarm:
             correlation_limit=correlation_limit,
         )
 
+    def nearest(self, released: Tensor, images: Tensor) -> tuple[list[int], list[float]]:
+        """Position of the image that each released one correlates with most, and that correlation."""
+        correlation = self._normalised(released) @ self._normalised(images).T
+        best = correlation.argmax(1)
+        return best.tolist(), correlation.max(1).tolist()
+
     def _normalised(self, images: Tensor) -> Floats:
         flat = averaged(images, plane=self.side, solid=self.volume_side).flatten(1).double()
         flat = flat - flat.mean(1, keepdim=True)

@@ -211,6 +211,7 @@ def conclude(
         controls=measured.controls,
         verdict=verdict,
         summary=_summary(verdict, area, detectable, corrected, found=found),
+        roc=statistics.roc(measured.scores.members, measured.scores.others),
     )
 
 

@@ -101,6 +101,28 @@ def tpr_at_fpr(members: Floats, non_members: Floats, *, fpr: float) -> Estimate 
     return clopper_pearson(int((members > threshold).sum()), len(members))
 
 
+def roc(members: Floats, non_members: Floats, *, points: int = 30) -> tuple[tuple[float, float], ...]:
+    """False- and true-positive rates, evenly spaced by the logarithm of the false-positive rate.
+
+    Args:
+        members: Scores of member patients, shape ``(m,)``.
+        non_members: Scores of patients never seen, shape ``(n,)``.
+        points: How many.
+
+    Returns:
+        From the smallest rate that ten non-members can resolve up to 1.
+    """
+    _check(members, non_members)
+    n = len(non_members)
+    order = np.sort(non_members)[::-1]
+    curve = []
+    for fpr in np.geomspace(min(1.0, 10 / n), 1.0, points):
+        allowed = int(np.floor(fpr * n + 1e-9))
+        found = 1.0 if allowed >= n else float((members > order[allowed]).mean())
+        curve.append((round(float(fpr), 5), round(found, 5)))
+    return tuple(curve)
+
+
 def randomisation_p_value(members: Floats, non_members: Floats, *, draws: int = 10_000, seed: int = 0) -> float:
     """Probability of an AUROC at least as far from 0.5 when membership is drawn anew.
 

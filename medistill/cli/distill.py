@@ -116,47 +116,83 @@ def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
     return settings
 
 
+def _policy(file: Path | None, profile: str | None) -> Any:
+    """Limits of an audit from a file, its profile replaced where one is named."""
+    from medistill.audit import AuditPolicy
+    from medistill.config import read_yaml
+    from medistill.studies.records import read_record
+
+    values = dict(read_yaml(file)) if file is not None else {}
+    return read_record(AuditPolicy, {**values, **({"profile": profile} if profile else {})})
+
+
 @app.command()
 @guarded
 def audit(
     run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
     cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
+    policy: Annotated[Path | None, typer.Option(help="YAML of limits, like configs/policy.yaml.")] = None,
+    profile: Annotated[str | None, typer.Option(help="quick, default or full: which attacks are made.")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option("--with", help="Run folder of another release of this cohort; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
-    """Attack a distilled set, with a positive and a negative control beside every attack.
+    """Attack a distilled set, with positive and negative controls beside every attack.
 
+    Writes audit.json and, for the data protection officer, audit.html, which shows patients and stays inside.
     Only the verdict PASS exits 0; every other verdict exits 3.
 
-    Example: `medistill audit run --cohort cohort`
+    Example: `medistill audit run --cohort cohort --policy configs/policy.yaml`
     """
-    import json
-
+    from medistill import __version__
+    from medistill.audit import Exposed, write_audit
     from medistill.audit import audit as attack
     from medistill.core.compute import Compute
     from medistill.core.reports import Verdict
     from medistill.release.tensors import load_distilled
-    from medistill.workflow import require_cohort, write_text
+    from medistill.workflow import require_cohort
 
+    limits = _policy(policy, profile)
     distilled = load_distilled(run / "distilled")
+    others = [load_distilled(other / "distilled") for other in beside or []]
     real, size = open_cohort(cohort), distilled.images.shape[-1]
-    require_cohort(run, real)
+    for folder in (run, *(beside or [])):
+        require_cohort(folder, real)
+    train, holdout, reference = (real.split(name).images(size) for name in ("train", "holdout", "validation"))
     report = attack(
         distilled,
-        train=real.split("train").images(size),
-        holdout=real.split("holdout").images(size),
-        reference=real.split("validation").images(size),
+        train=train,
+        holdout=holdout,
+        reference=reference,
+        others=others,
+        policy=limits,
         seed=seed,
         folder=run / "checkpoints",
         compute=Compute(device=device),
         progress=progress(),
     )
-    write_text(run / "audit.json", json.dumps(report.to_json(), indent=2) + "\n")
+    write_audit(
+        run,
+        report,
+        Exposed.of(distilled),
+        statement=distilled.privacy,
+        train=train,
+        holdout=holdout,
+        reference=reference,
+        version=__version__,
+    )
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     for outcome in report.outcomes:
         typer.echo(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
         for control in outcome.controls:
             typer.echo(f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}")
+    for threat in report.not_tested:
+        typer.echo(f"Not tested: {threat}")
+    for refusal in report.refusals:
+        typer.echo(f"Refused: {refusal}")
+    typer.echo(f"Page for the data protection officer (stays inside): {run / 'audit.html'}")
     typer.echo(f"Verdict: {report.verdict.value}")
     if report.verdict is not Verdict.PASS:
         raise typer.Exit(3)

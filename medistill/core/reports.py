@@ -83,6 +83,8 @@ class AttackOutcome:
         controls: Positive and negative controls.
         verdict: Conclusion of this attack alone.
         summary: One plain sentence.
+        roc: True-positive rate at false-positive rates from the smallest that can be resolved up to 1; empty where
+            the attack has no such score.
     """
 
     attack: str
@@ -95,6 +97,7 @@ class AttackOutcome:
     controls: tuple[ControlOutcome, ...]
     verdict: Verdict
     summary: str
+    roc: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AttackOutcome:
@@ -107,6 +110,7 @@ class AttackOutcome:
                 "tpr_at_fpr": rates,
                 "controls": tuple(ControlOutcome(**control) for control in values["controls"]),
                 "verdict": Verdict(values["verdict"]),
+                "roc": tuple((float(fpr), float(tpr)) for fpr, tpr in values.get("roc", ())),
             }
         )
 

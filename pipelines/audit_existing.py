@@ -1,0 +1,70 @@
+"""Audit images that somebody else made from a cohort: a GAN's or a diffusion model's output, or any other folder.
+
+Example::
+
+    python pipelines/audit_existing.py synthetic synthetic.csv --cohort runs/cohort --size 64 --out their-audit
+
+``synthetic.csv`` has a column ``file`` and either ``label`` or one column of probabilities for every class. The
+cohort must be divided as it was when the images were made: its train patients are those they were made from. The
+audit page shows patients' images beside the closest ones and stays inside.
+
+Exit codes: 0 the audit passed, 1 failed, 2 usage or input, 3 any other verdict.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medistill import MedistillError, Split, TerminalProgress, Verdict, __version__, load_cohort
+from medistill.audit import AuditPolicy, audit_images, read_pictures, write_audit
+
+
+def main(
+    pictures: Annotated[Path, typer.Argument(help="Folder of PNG or JPEG images.")],
+    table: Annotated[Path, typer.Argument(help="CSV: file, and label or one column a class.")],
+    cohort: Annotated[Path, typer.Option(help="Cohort that the images were made from.")],
+    size: Annotated[int, typer.Option(min=8, help="Side length at which images are compared.")],
+    out: Annotated[Path, typer.Option(help="New folder for audit.json and audit.html.")],
+    profile: Annotated[str, typer.Option(help="quick, default or full.")] = "default",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Attack somebody else's images, with positive and negative controls beside every attack.
+
+    Example: python pipelines/audit_existing.py synthetic synthetic.csv --cohort cohort --size 64 --out their-audit
+    """
+    try:
+        verdict = audit_existing(pictures, table, cohort, size, out, AuditPolicy(profile=profile), seed)
+    except MedistillError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if verdict is not Verdict.PASS:
+        raise typer.Exit(3)
+
+
+def audit_existing(
+    pictures: Path, table: Path, cohort: Path, size: int, out: Path, policy: AuditPolicy, seed: int
+) -> Verdict:
+    """Read the images, attack them, and write what was found."""
+    real = load_cohort(cohort)
+    train, holdout, reference = (
+        real.split(part).images(size) for part in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)
+    )
+    release = read_pictures(pictures, table, task=real.task, image_shape=tuple(train.images.shape[1:]))
+    parts = {"train": train, "holdout": holdout, "reference": reference}
+    report = audit_images(release, **parts, policy=policy, seed=seed, progress=TerminalProgress())
+    out.mkdir(parents=True, exist_ok=True)
+    write_audit(out, report, release, statement=None, **parts, version=__version__)
+    for outcome in report.outcomes:
+        print(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
+        for control in outcome.controls:
+            print(f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}")
+    print(f"Page for the data protection officer (stays inside): {out / 'audit.html'}")
+    print(f"Verdict: {report.verdict.value}")
+    return report.verdict
+
+
+if __name__ == "__main__":
+    typer.run(main)
