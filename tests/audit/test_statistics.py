@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -104,3 +106,57 @@ def test_a_few_exposed_patients_show_among_the_highest_scores() -> None:
         for _ in range(400)
     ]
     assert sum(p <= 0.05 for p in shares) <= stats.binom.ppf(0.999, 400, 0.05)
+
+
+# -- several tests, curves, and what happens where there is nothing to find -------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_the_step_down_procedure(p_values: list[float]) -> None:
+    corrected = statistics.holm(p_values)
+    for alpha in (0.001, 0.01, 0.05, 0.2):
+        ordered = sorted(p_values)
+        rejected = 0
+        while rejected < len(ordered) and ordered[rejected] * (len(ordered) - rejected) <= alpha:
+            rejected += 1
+        assert sum(value <= alpha for value in corrected) == rejected
+    assert all(after >= before for after, before in zip(corrected, p_values, strict=True))
+
+
+def test_the_curve_lies_on_that_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    members, others = generator.normal(0.7, 1, 300), generator.normal(0, 1, 500)
+    false, true, _ = roc_curve(np.r_[np.ones(300), np.zeros(500)], np.r_[members, others], drop_intermediate=False)
+    curve = statistics.roc(members, others)
+    assert curve[0][0] == pytest.approx(10 / 500)
+    assert curve[-1] == (1.0, 1.0)
+    for fpr, tpr in curve:
+        allowed = np.floor(fpr * 500 + 1e-6) / 500
+        assert tpr == pytest.approx(true[false <= allowed + 1e-9].max(), abs=1e-4)
+
+
+def test_nothing_is_found_more_often_than_promised_where_there_is_nothing() -> None:
+    """2,000 cohorts without a leak: at most 5.5 % false alarms of every test at the level of 5 %."""
+    generator = np.random.default_rng(1)
+    cohorts, alarms = 2000, {"coins": 0, "top": 0, "both, corrected": 0, "interval": 0}
+    for number in range(cohorts):
+        members, others = generator.standard_t(3, (2, 100))
+        coins = statistics.randomisation_p_value(members, others, draws=199, seed=number)
+        top = statistics.top_p_value(members, others, share=0.1)
+        interval = statistics.auroc(members, others)
+        alarms["coins"] += coins <= 0.05
+        alarms["top"] += top <= 0.05
+        alarms["both, corrected"] += min(statistics.holm([coins, top])) <= 0.05
+        alarms["interval"] += not interval.low <= 0.5 <= interval.high
+    assert {name: count / cohorts for name, count in alarms.items() if count > 0.055 * cohorts} == {}
+
+
+def test_p_values_are_uniform_when_coins_are_redrawn() -> None:
+    """Control N3: who counts as a member is drawn anew, the scores stay."""
+    generator = np.random.default_rng(2)
+    scores = generator.gamma(1.0, 1.0, 160)
+    found = []
+    for number in range(300):
+        inside = generator.permutation(160) < 80
+        found.append(statistics.randomisation_p_value(scores[inside], scores[~inside], draws=199, seed=number))
+    assert stats.kstest(found, "uniform").pvalue > 0.01
