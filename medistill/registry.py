@@ -90,6 +90,8 @@ ATTACKS = Registry(
     targets={
         "calibrated_neighbour": "medistill.audit.calibrated_neighbour:CalibratedNeighbour",
         "copy_alarm": "medistill.audit.copy_alarm:CopyAlarm",
+        "label_leakage": "medistill.audit.label_leakage:LabelLeakage",
+        "tracing": "medistill.audit.tracing:Tracing",
     },
 )
 SOURCES = Registry(

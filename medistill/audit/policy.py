@@ -21,8 +21,8 @@ THREATS = {
 #: Attacks on membership of each profile; copies and mixtures are always searched for.
 PROFILES: dict[str, tuple[str, ...]] = {
     "quick": ("calibrated_neighbour",),
-    "default": ("calibrated_neighbour",),
-    "full": ("calibrated_neighbour",),
+    "default": ("calibrated_neighbour", "tracing", "label_leakage"),
+    "full": ("calibrated_neighbour", "tracing", "label_leakage"),
 }
 
 
