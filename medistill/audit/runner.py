@@ -14,8 +14,11 @@ import torch
 
 from medistill.audit.attack import Exposed, Guilty, MembershipAttack, Prepared
 from medistill.audit.copies import Copies, conclude_copies, measure_copies
+from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
+from medistill.audit.one_run import audit_one_run
 from medistill.audit.policy import PROFILES, THREATS, AuditPolicy
+from medistill.audit.replay import audit_replay
 from medistill.audit.statistics import holm
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
@@ -115,6 +118,7 @@ def audit(
         pool=pool,
         means=means,
         claim=distilled.privacy,
+        proved=_of_claim(distilled, pool, means),
         fingerprint=distilled.fingerprint(),
         untested=() if others else (THREATS["T8"],),
     )
@@ -165,6 +169,7 @@ def audit_images(
         pool=pool,
         means=means,
         claim=None,
+        proved=(),
         fingerprint=hashlib.sha256(release.images.numpy().tobytes()).hexdigest(),
         untested=(THREATS["T8"],),
     )
@@ -201,6 +206,7 @@ def _attacked(
     pool: _Pool,
     means: _Means,
     claim: PrivacyStatement | None,
+    proved: tuple[AttackOutcome, ...],
     fingerprint: str,
     untested: tuple[str, ...],
 ) -> AuditReport:
@@ -226,10 +232,13 @@ def _attacked(
         reference=pool.reference,
         seed=means.seed,
     )
-    outcomes = _concluded(measured, copies, pool, means, claim)
+    outcomes = (*_concluded(measured, copies, pool, means, claim), *proved)
     refusals = means.policy.refusals(claim, len(pool.train.unique_patients))
-    verdicts = [outcome.verdict for outcome in outcomes] + ([Verdict.FAIL] if refusals else [])
-    tested = {attack.threat for attack in made.values()} | {"T5"}
+    verdicts = [outcome.verdict for outcome in outcomes if not _informs_only(outcome)]
+    verdicts += [Verdict.FAIL] if refusals else []
+    unable_names = {line.split(":")[0].replace(" ", "_") for line in unable}
+    tested = {attack.threat for name, attack in made.items() if name not in unable_names} | {"T5"}
+    tested |= {"T7"} if proved else set()
     return AuditReport(
         outcomes=outcomes,
         verdict=min(verdicts, key=_ORDER.index),
@@ -283,6 +292,37 @@ def _measured(
         policy=means.policy,
         seed=means.seed,
     )
+
+
+def _of_claim(distilled: DistilledSet, pool: _Pool, means: _Means) -> tuple[AttackOutcome, ...]:
+    """Attacks on the noisy answers themselves, where an epsilon is claimed.
+
+    The full profile also distils twice, to see that nothing but the answers is used.
+    """
+    if math.isinf(distilled.privacy.epsilon):
+        return ()
+    means.progress.say("audit: does the noise hide a patient as well as is claimed?")
+    claim, shape = distilled.privacy, tuple(pool.train.images.shape[1:])
+    plan, seed = plan_of(distilled.recipe, pool.train.task, shape), derive_seed(means.seed, "mechanism")
+    found = [audit_mechanism(claim, plan, seed=seed, progress=means.progress)]
+    found.append(audit_one_run(claim, plan, seed=seed))
+    if means.policy.profile == "full":
+        found.append(
+            audit_replay(
+                distilled.recipe,
+                pool.rest,
+                epsilon=claim.epsilon,
+                delta=claim.delta,
+                compute=means.compute,
+                progress=means.progress,
+            )
+        )
+    return tuple(found)
+
+
+def _informs_only(outcome: AttackOutcome) -> bool:
+    """Whether an outcome decides nothing: one run is a smoke test, which sees only gross faults."""
+    return outcome.attack == "one_run" and outcome.verdict is Verdict.NOT_ESTIMABLE
 
 
 def _concluded(

@@ -60,7 +60,7 @@ class Tracing:
     volume_side: int = 10
     networks: RandomNetworks = field(default_factory=lambda: RandomNetworks(networks=3))
     public: int = 256
-    averaged_patients: int = 10
+    averaged_patients: int = 3
 
     threat: ClassVar[str] = "T2"
     question: ClassVar[str] = "Do the class means of the release carry the features of this patient's images?"

@@ -399,10 +399,31 @@ class PrivateCurator:
         query = self._plan.at(self._next)
         assert query is not None
         drawn = sampled(len(self._patients), query.sampling_rate, entropy=self._entropy)
-        step = grid_step(clip_norm)
         total = torch.zeros(length, dtype=torch.int64)
         for own in rows([self._patients[i] for i in drawn.nonzero().flatten().tolist()]):
-            total += on_grid(clipped(own, clip_norm), step).sum(0)
-        noise = gaussian((length,), self.noise(self._next) * clip_norm, entropy=self._entropy)
-        total += torch.round(noise / step).to(torch.int64)
-        return (total.double() * step).to(dtype)
+            total += contributions(own, clip_norm).sum(0)
+        return noisy(total, self.noise(self._next), clip_norm, entropy=self._entropy).to(dtype)
+
+
+def contributions(rows: Tensor, clip_norm: float) -> Tensor:
+    """What patients add to an answer: their clipped rows, as whole numbers of steps of the grid.
+
+    Args:
+        rows: One per patient, shape ``(n, d)``.
+        clip_norm: Public bound.
+    """
+    return on_grid(clipped(rows, clip_norm), grid_step(clip_norm))
+
+
+def noisy(total: Tensor, noise_multiplier: float, clip_norm: float, *, entropy: Entropy = SYSTEM) -> Tensor:
+    """Sums of :func:`contributions` with noise on the same grid, in double precision.
+
+    Args:
+        total: Whole numbers, any shape; every number gets noise of its own.
+        noise_multiplier: Standard deviation of the noise over the clip norm.
+        clip_norm: Public bound.
+        entropy: Source of random bytes.
+    """
+    step = grid_step(clip_norm)
+    noise = gaussian(tuple(total.shape), noise_multiplier * clip_norm, entropy=entropy)
+    return (total + torch.round(noise / step).to(torch.int64)).double() * step
