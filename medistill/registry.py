@@ -91,6 +91,8 @@ ATTACKS = Registry(
         "calibrated_neighbour": "medistill.audit.calibrated_neighbour:CalibratedNeighbour",
         "copy_alarm": "medistill.audit.copy_alarm:CopyAlarm",
         "label_leakage": "medistill.audit.label_leakage:LabelLeakage",
+        "reidentification": "medistill.audit.reidentification:Reidentification",
+        "shadow": "medistill.audit.shadow:Shadow",
         "tracing": "medistill.audit.tracing:Tracing",
     },
 )

@@ -18,11 +18,15 @@ THREATS = {
     "T7": "Who adds patients to the cohort and sees the noisy answers (T7).",
     "T8": "Who holds several releases of one hospital (T8).",
 }
+#: Attacks whose power is a matter of the data: where the positive control fails, the threat counts as not tested.
+UNCERTAIN = frozenset({"reidentification"})
+#: Shadow distillations of the full profile.
+FULL_SHADOWS = 128
 #: Attacks on membership of each profile; copies and mixtures are always searched for.
 PROFILES: dict[str, tuple[str, ...]] = {
     "quick": ("calibrated_neighbour",),
-    "default": ("calibrated_neighbour", "tracing", "label_leakage"),
-    "full": ("calibrated_neighbour", "tracing", "label_leakage"),
+    "default": ("calibrated_neighbour", "tracing", "label_leakage", "shadow"),
+    "full": ("calibrated_neighbour", "tracing", "label_leakage", "shadow", "reidentification"),
 }
 
 

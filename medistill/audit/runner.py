@@ -7,7 +7,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from medistill.audit.copies import Copies, conclude_copies, measure_copies
 from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
 from medistill.audit.one_run import audit_one_run
-from medistill.audit.policy import PROFILES, THREATS, AuditPolicy
+from medistill.audit.policy import FULL_SHADOWS, PROFILES, THREATS, UNCERTAIN, AuditPolicy
 from medistill.audit.replay import audit_replay
+from medistill.audit.shadow import Shadow
 from medistill.audit.statistics import holm
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
@@ -212,7 +213,7 @@ def _attacked(
 ) -> AuditReport:
     """All attacks of the profile; their p-values are corrected together before anything is concluded."""
     names = PROFILES[means.policy.profile]
-    made: dict[str, MembershipAttack] = {name: ATTACKS.load(name)() for name in names}
+    made = {name: _made(name, means.policy) for name in names}
     measured, unable = [], []
     for name in means.progress.track(names, "attacking"):
         try:
@@ -220,7 +221,11 @@ def _attacked(
         except DataError as error:
             unable.append(f"{name.replace('_', ' ')}: {error}")
             continue
-        measured.append(_measured(name, made[name], ready, release, control, control_name, pool, means))
+        found = _measured(name, made[name], ready, release, control, control_name, pool, means)
+        if name in UNCERTAIN and not found.controls[0].passed:
+            unable.append(_powerless(name, found))
+        else:
+            measured.append(found)
     copies = measure_copies(
         release,
         control,
@@ -238,6 +243,7 @@ def _attacked(
     verdicts += [Verdict.FAIL] if refusals else []
     unable_names = {line.split(":")[0].replace(" ", "_") for line in unable}
     tested = {attack.threat for name, attack in made.items() if name not in unable_names} | {"T5"}
+    beside = {"T8"} if proved else {"T7", "T8"}  # without a claim there are no noisy answers
     tested |= {"T7"} if proved else set()
     return AuditReport(
         outcomes=outcomes,
@@ -245,10 +251,24 @@ def _attacked(
         threat_model=" ".join(THREATS[threat] for threat in sorted(tested)),
         members=len(pool.members),
         non_members=len(pool.holdout.unique_patients),
-        not_tested=(*unable, *untested, *(text for name, text in THREATS.items() if name not in tested | {"T8"})),
+        not_tested=(*unable, *untested, *(text for name, text in THREATS.items() if name not in tested | beside)),
         release=fingerprint,
         refusals=refusals,
     )
+
+
+def _powerless(name: str, found: Measured) -> str:
+    return (
+        f"{name.replace('_', ' ')}: with these images nobody could be linked, not even to a release known to give "
+        f"patients away ({found.controls[0].observed}; wanted: {found.controls[0].expected})"
+    )
+
+
+def _made(name: str, policy: AuditPolicy) -> MembershipAttack:
+    attack: MembershipAttack = ATTACKS.load(name)()
+    if policy.profile == "full" and isinstance(attack, Shadow):
+        return replace(attack, shadows=FULL_SHADOWS)
+    return attack
 
 
 def _ready(

@@ -241,10 +241,19 @@ class Teacher:
         moments: The answers.
         kind: Kind of the task.
         ridge: Penalty over the edge.
+        least_variance: The edge where noise has a smaller one.
         sharpness: Factor of the scores; above 1 for labels nearer to certainty than the discriminants are.
     """
 
-    def __init__(self, moments: Moments, *, kind: TaskKind, ridge: float = 0.6, sharpness: float = 1.0) -> None:
+    def __init__(
+        self,
+        moments: Moments,
+        *,
+        kind: TaskKind,
+        ridge: float = 0.6,
+        sharpness: float = 1.0,
+        least_variance: float = 0.0,
+    ) -> None:
         self._moments, self._kind = moments, kind
         counts, total = moments.counts, max(moments.total, 1.0)
         self._means = moments.sums / counts[:, None]
@@ -255,7 +264,7 @@ class Teacher:
             apart = self._means - mean
             covariance = covariance - (apart.T * (counts / counts.sum())) @ apart
         dimension = len(mean)
-        self.edge = math.sqrt(2 * dimension) * moments.noise / total
+        self.edge = max(least_variance, math.sqrt(2 * dimension) * moments.noise / total)
         values, self._vectors = torch.linalg.eigh(covariance)
         self._values = values.clamp_min(0.0)
         shrunk = self._values + max(ridge * self.edge, 0.01 / dimension)
