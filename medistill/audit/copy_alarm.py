@@ -13,6 +13,7 @@ from medistill.core.images import ImageSet, averaged
 
 Floats = NDArray[np.float64]
 _NEARLY_ONE = 1 - 1e-6
+_FALSE_ALARMS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class CopySearch:
         correlation: Correlation with that patient's best image, in ``[-1, 1]``.
         gap: How far the best patient stands out from the second best, as a difference of Fisher's z.
         copies: Whether the match is closer than any seen between images of different people.
-        gap_limit: Largest gap seen for images of people outside the pool.
+        gap_limit: Gap above which a match counts as a copy.
         correlation_limit: Correlation above which a match counts as a copy whatever the gap.
     """
 
@@ -43,7 +44,8 @@ class CopyAlarm:
     Images are compared by correlation after reduction to ``side`` pixels, which takes away noise added on top of
     a copy. What two *different* people's images look like is learned from the reference: people outside the pool,
     searched in it the same way. A released image is a copy when its best patient stands out more than for any of
-    them. An alarm, never a pass: closeness alone does not measure leakage.
+    them, and more than chance allows among so many images. An alarm, never a pass: closeness alone does not
+    measure leakage.
 
     Args:
         side: Side length at which images are compared.
@@ -71,7 +73,7 @@ class CopyAlarm:
         distinct, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
         _, usual_best, usual_gap = self._match(self._normalised(reference), of_pool, of_image)
         best, correlation, gap = self._match(self._normalised(released), of_pool, of_image)
-        gap_limit = float(usual_gap.max())
+        gap_limit = limit_of_gaps(usual_gap, len(released))
         correlation_limit = float((1 + usual_best.max()) / 2)
         return CopySearch(
             patients=tuple(str(distinct[i]) for i in best),
@@ -109,6 +111,19 @@ class CopyAlarm:
         second = per_patient[rows, ranked[:, -2]]
         z_first, z_second = (np.arctanh(np.clip(c, -_NEARLY_ONE, _NEARLY_ONE)) for c in (first, second))
         return ranked[:, -1], first, z_first - z_second
+
+
+def limit_of_gaps(usual: Floats, searched: int) -> float:
+    """Gap that images of strangers exceed once in a hundred searches.
+
+    The gap between the best two of many has a tail that is nearly exponential, so a small reference tells where
+    rare ones lie; where it has seen a larger one, that counts.
+
+    Args:
+        usual: Gaps of images of people outside the pool, shape ``(r,)``.
+        searched: Images that are searched together.
+    """
+    return float(max(usual.max(), usual.mean() * np.log(max(1, searched) / _FALSE_ALARMS)))
 
 
 def source_lift(nearest: set[str], members: set[str], non_members: set[str]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medistill.audit.attack import Floats
+from medistill.audit.copy_alarm import limit_of_gaps
 from medistill.core.images import ImageSet, averaged
 
 _NEARLY_ONE = 1 - 1e-6
@@ -22,7 +23,7 @@ class Mixtures:
         patients: Its two patients, shape ``(m, 2)``.
         correlation: Multiple correlation of the image with the two, in ``[0, 1]``.
         gap: How far the best pair stands out from the best pair of two others, as a difference of Fisher's z.
-        mixed: Whether that is further than for any image of people outside the pool.
+        mixed: Whether that is further than for any image of people outside the pool, and than chance allows.
     """
 
     patients: NDArray[np.str_]
@@ -76,7 +77,7 @@ class MixtureSearch:
         usual = [self._best(image, of_pool, of_image) for image in _unit(outside[: self.usual] - mean)]
         found = [self._best(image, of_pool, of_image) for image in _unit(self._flat(released) - mean)]
         pairs, reached, gaps = (np.array(part) for part in zip(*found, strict=True))
-        limit = max(gap for _, _, gap in usual)
+        limit = limit_of_gaps(np.array([gap for _, _, gap in usual]), len(released))
         highest = (1 + max(correlation for _, correlation, _ in usual)) / 2
         return Mixtures(
             patients=who[pairs],

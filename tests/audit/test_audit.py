@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from medistill.audit import AuditPolicy, Exposed, audit, audit_images, membership, runner
 from medistill.audit.calibrated_neighbour import Calibrated, CalibratedNeighbour, nearest_distance
-from medistill.audit.copy_alarm import CopyAlarm, source_lift
+from medistill.audit.copy_alarm import CopyAlarm, limit_of_gaps, source_lift
 from medistill.audit.mixtures import MixtureSearch, _unit
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
@@ -290,6 +290,16 @@ def test_copy_alarm_ignores_images_of_nobody() -> None:
     strangers = blobs(20, seed=21, first=9000).images
     for unrelated in (noise, strangers):
         assert CopyAlarm().search(unrelated, TRAIN, REFERENCE.images).copies.mean() <= 0.05
+
+
+def test_the_limit_of_gaps_is_passed_by_strangers_once_in_a_hundred_searches() -> None:
+    generator = np.random.default_rng(0)
+    false_alarms = 0
+    for _ in range(2000):
+        best = np.sort(generator.normal(size=(58 + 20, 400)), axis=1)
+        gaps = best[:, -1] - best[:, -2]
+        false_alarms += gaps[58:].max() > limit_of_gaps(gaps[:58], 20)
+    assert false_alarms <= 0.02 * 2000
 
 
 def test_copy_alarm_works_on_images_reduced_in_size() -> None:
