@@ -42,7 +42,8 @@ class MixtureSearch:
     .. math:: R^2 = \frac{r_1^2 + r_2^2 - 2 r_1 r_2 r_{12}}{1 - r_{12}^2}.
 
     The first of a pair is taken from the ``firsts`` nearest images, the second from the whole pool. What pairs of
-    strangers reach is learned from the reference, as in :class:`~medistill.audit.copy_alarm.CopyAlarm`.
+    strangers reach is learned from the reference, as in :class:`~medistill.audit.copy_alarm.CopyAlarm`; how well a
+    pair explains an image does not count by itself, since any two explain a smooth one.
 
     Args:
         side: Side length at which images are compared.
@@ -78,12 +79,11 @@ class MixtureSearch:
         found = [self._best(image, of_pool, of_image) for image in _unit(self._flat(released) - mean)]
         pairs, reached, gaps = (np.array(part) for part in zip(*found, strict=True))
         limit = limit_of_gaps(np.array([gap for _, _, gap in usual]), len(released))
-        highest = (1 + max(correlation for _, correlation, _ in usual)) / 2
         return Mixtures(
             patients=who[pairs],
             correlation=reached,
             gap=gaps,
-            mixed=(gaps > limit) | (reached > highest),
+            mixed=gaps > limit,
         )
 
     def _flat(self, images: Tensor) -> Floats:
