@@ -351,6 +351,7 @@ def test_audit_exits_3_unless_it_passes(verdict: Verdict, tmp_path: Path, monkey
     monkeypatch.setattr("medistill.audit.audit", lambda *_, **__: audit_report(distilled, verdict))
     from types import SimpleNamespace
 
+    monkeypatch.setattr("medistill.audit.record.closest_pairs", lambda *_, **__: ())
     images = SimpleNamespace(images=lambda _: None)
     monkeypatch.setattr("medistill.cli.distill.open_cohort", lambda _: SimpleNamespace(split=lambda _: images))
     result = invoke("audit", tmp_path / "run", "--cohort", "cohort")
@@ -358,6 +359,7 @@ def test_audit_exits_3_unless_it_passes(verdict: Verdict, tmp_path: Path, monkey
     assert result.stdout.strip().endswith(f"Verdict: {verdict.value}")
     assert "release of all real images" in result.stdout
     assert (tmp_path / "run" / "audit.json").exists()
+    assert (tmp_path / "run" / "audit.html").exists()
 
 
 @pytest.mark.parametrize("verdict", [Verdict.FAIL, Verdict.INVALID, Verdict.NOT_ESTIMABLE])

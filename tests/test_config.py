@@ -270,8 +270,8 @@ def test_environment_variables_stand_in_paths_and_must_be_set(monkeypatch: pytes
 # -- what is shipped -------------------------------------------------------------------------------------------
 
 
-#: Read by their pipelines, and tested with them.
-STUDIES = {"compare_distillers.yaml", "continual_learning.yaml", "epsilon_sweep.yaml"}
+#: Read by their pipelines and by the audit, and tested with them.
+STUDIES = {"compare_distillers.yaml", "continual_learning.yaml", "epsilon_sweep.yaml", "policy.yaml"}
 SHIPPED = [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if path.name not in STUDIES]
 
 

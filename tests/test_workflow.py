@@ -50,6 +50,7 @@ def tiny(out: Path, **changes: dict[str, Any]) -> RunConfig:
                 "kernel_ridge": {"iterations": 20, "pool": 2, "width": 8, "real_batch": 30, "advance": 2},
             },
         },
+        "audit": {"profile": "quick"},
         "evaluate": {"seeds": 2, "real_epochs": 10, "draws": 200},
         "release": {"accept": EVERY_VERDICT},
     }
@@ -184,7 +185,7 @@ INTERRUPTIONS = [
     ("phantom", "medistill.ingest.phantom.cohort._write_tables", {"source": {"seed": 1}}),
     ("ingest", "medistill.ingest.build._profile", {"ingest": {"seed": 1}}),
     ("distill", "medistill.workflow.save", {"distill": {"ipc": 2}}),
-    ("audit", "medistill.audit.runner._copies", {"audit": {"alpha": 0.02}}),
+    ("audit", "medistill.audit.runner.measure_copies", {"audit": {"alpha": 0.02}}),
     ("evaluate", "medistill.evaluate.runner._arm_result", {"evaluate": {"seeds": 1}}),
     ("release", "medistill.release.folder.sync_folder", {"release": {"licence": "CC0-1.0"}}),
 ]

@@ -35,6 +35,7 @@ class Copies:
         copies: Released images that are copies of a training patient's image.
         mixed: Those that are mixtures of two images, of which one at least is of a training patient.
         share: Share of members among the patients nearest to the release.
+        chance: Share of members among all patients that are searched.
         p_value: Of so many members among them, or among the nearest pairs.
         controls: Positive and negative.
     """
@@ -44,6 +45,7 @@ class Copies:
     copies: int
     mixed: int
     share: float
+    chance: float
     p_value: float
     controls: tuple[ControlOutcome, ...]
 
@@ -56,12 +58,19 @@ class _Searched:
     everybody: ImageSet
     balanced: ImageSet
     members: frozenset[str]
-    others: frozenset[str]
     reference: Tensor
 
+    @property
+    def inside(self) -> set[str]:
+        return set(self.train.patients)
+
+    @property
+    def outside(self) -> set[str]:
+        return set(self.everybody.patients) - self.inside
+
     def lift(self, released: Tensor) -> tuple[float, float]:
-        nearest = CopyAlarm().search(released, self.balanced, self.reference)
-        return source_lift(set(nearest.patients), set(self.members), set(self.others))
+        nearest = CopyAlarm().search(released, self.everybody, self.reference)
+        return source_lift(set(nearest.patients), self.inside, self.outside)
 
 
 def measure_copies(
@@ -94,21 +103,20 @@ def measure_copies(
         everybody=joined(train, holdout),
         balanced=candidates,
         members=members,
-        others=frozenset(candidates.patients) - members,
         reference=reference.images,
     )
     found = CopyAlarm().search(release.images, searched.everybody, reference.images)
     mixtures = MixtureSearch().search(release.images, searched.everybody, reference.images)
     inside = np.isin(mixtures.patients, train.unique_patients)
-    share, near = searched.lift(release.images)
-    pairs = MixtureSearch().search(release.images, searched.balanced, reference.images)
-    _, pair = source_lift(set(pairs.patients.flatten().tolist()), set(members), set(searched.others))
+    share, near = source_lift(set(found.patients), searched.inside, searched.outside)
+    _, pair = source_lift(set(mixtures.patients.flatten().tolist()), searched.inside, searched.outside)
     return Copies(
         found=found,
         mixtures=mixtures,
-        copies=_copies_of(found, set(train.patients)),
+        copies=_copies_of(found, searched.inside),
         mixed=int((mixtures.mixed & inside.any(1)).sum()),
         share=share,
+        chance=len(searched.inside) / (len(searched.inside) + len(searched.outside)),
         p_value=min(1.0, 2 * min(near, pair)),
         controls=(*_positive(searched, seed), _negative(searched, control, control_name)),
     )
@@ -206,7 +214,8 @@ def conclude_copies(measured: Copies, *, corrected: float, alpha: float) -> Atta
             "largest_correlation_with_a_patient": round(float(measured.found.correlation.max()), 2),
             "largest_gap": round(float(measured.found.gap.max()), 2),
             "gap_limit": measured.found.gap_limit,
-            "members_among_nearest_patients": measured.share,
+            "members_among_nearest_patients": round(measured.share, 2),
+            "by_chance": round(measured.chance, 2),
         },
         controls=measured.controls,
         verdict=verdict,
@@ -227,8 +236,8 @@ def _summary(measured: Copies, verdict: Verdict, released: int, corrected: float
     if measured.mixed:
         return f"{measured.mixed} of {released} released pictures are mixtures of two patients' images."
     return (
-        f"{measured.share:.0%} of the patients nearest to the released pictures are members; half would be chance "
-        f"(p = {corrected:.2g})."
+        f"{measured.share:.0%} of the patients nearest to the released pictures are members, {measured.chance:.0%} would be "
+        f"chance (p = {corrected:.2g})."
     )
 
 

@@ -24,7 +24,7 @@ from medistill.errors import ConfigError
 from medistill.privacy import OpenCurator, PrivateCurator
 from medistill.privacy.ledger import Ledger
 from medistill.registry import ATTACKS
-from tests.conftest import blobs
+from tests.conftest import REPOSITORY, blobs
 
 TRAIN, HOLDOUT, REFERENCE = blobs(160, seed=1), blobs(80, seed=2, first=1000), blobs(80, seed=3, first=2000)
 PARTS = {"train": TRAIN, "holdout": HOLDOUT, "reference": REFERENCE}
@@ -105,6 +105,14 @@ def test_the_delta_of_a_policy_shrinks_with_the_patients(patients: int, limit: s
     claim = replace(release.privacy, epsilon=1.0, delta=1e-4, reason="", accountants=("PLD",), event="one sum")
     (found,) = AuditPolicy(epsilon_max=3.0).refusals(claim, patients)
     assert found == f"Delta 0.0001 is above the policy's {limit}."
+
+
+def test_the_shipped_policy_is_read() -> None:
+    from medistill.cli.distill import _policy
+
+    found = _policy(REPOSITORY / "configs" / "policy.yaml", None)
+    assert found == AuditPolicy(epsilon_max=3.0)
+    assert _policy(None, "full") == AuditPolicy(profile="full")
 
 
 @pytest.mark.parametrize(
