@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from medistill import ConfigError, MedistillError, OpenCurator, Split, TerminalProgress, Verdict, cohort_summary
-from medistill.audit import audit
+from medistill.audit import AuditPolicy, audit
 from medistill.distill import distill
 from medistill.evaluate import EvaluationConfig, evaluate
 from medistill.ingest import IngestConfig, ingest, load_or_create_key
@@ -73,9 +73,9 @@ def hospital_release(s: Settings, private: Path, show: TerminalProgress) -> None
     )
 
     # Audit: attacks on patients, each beside its controls. A measurement, never a guarantee.
-    report = audit(
-        made.distilled, train=train, holdout=holdout, reference=validation, seed=SEED, folder=kept, progress=show
-    )
+    parts = {"train": train, "holdout": holdout, "reference": validation}
+    policy = AuditPolicy(profile="quick" if s.quick else "default")
+    report = audit(made.distilled, **parts, policy=policy, seed=SEED, folder=kept, progress=show)
     show.say(f"audit: {report.verdict.value}")
 
     # Evaluate: what the images are worth beside real ones, on patients on whom nothing was chosen.

@@ -58,6 +58,7 @@ distill:
   settings:
     distribution_matching: {networks: 2, iterations: 20}
     kernel_ridge: {iterations: 5, real_batch: 24, pool: 2}
+audit: {profile: quick}
 evaluate: {seeds: 1, real_epochs: 1, draws: 100}
 release: {force_with_reason: a phantom hides nobody}
 """
