@@ -73,7 +73,7 @@ class Surrogate:
     drawing: int = 50
     rate: float = 0.05
     sharpness: float = 2.0
-    least_variance: float = 0.03
+    least_variance: float = 0.015
     iterations: int = 600
     formation: int = 2
     width: int = 32
