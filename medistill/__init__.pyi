@@ -12,6 +12,8 @@ from medistill.core.reports import DiagnosticReport as DiagnosticReport
 from medistill.core.reports import Estimate as Estimate
 from medistill.core.reports import Verdict as Verdict
 from medistill.core.task import Task as Task
+from medistill.diagnose import load_model as load_model
+from medistill.diagnose import predict_files as predict_files
 from medistill.diagnose import train_on_release as train_on_release
 from medistill.errors import ConfigError as ConfigError
 from medistill.errors import MedistillError as MedistillError
@@ -57,7 +59,9 @@ __all__ = [
     "contact_sheet",
     "load_cohort",
     "load_config",
+    "load_model",
     "load_release",
+    "predict_files",
     "run",
     "train_on_release",
     "verify_release",

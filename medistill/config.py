@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -319,16 +320,29 @@ def _typed_distiller(name: str, values: Mapping[str, Any], problems: list[_Probl
     return {key: getattr(made, key) for key in kept}
 
 
+def _day(found: object) -> object:
+    """YAML reads an unquoted day as a date."""
+    if isinstance(found, str):
+        try:
+            found = date.fromisoformat(found)
+        except ValueError:
+            raise ValueError("expected a day as YYYY-MM-DD") from None
+    return found.isoformat() if isinstance(found, date) else found
+
+
 class ReleaseSection(_Section):
     """When a release may be written, and under which licence.
 
     ``accept`` lists the audit verdicts that pass the gate; ``force_with_reason`` releases anyway, and the reason
-    stands on the card and on the first page of the report.
+    stands on the card and on the first page of the report. ``sign_with`` names a private key made by ``medistill
+    keygen``; ``published`` is the day that stands in ``croissant.json``, as ``"2026-01-31"``.
     """
 
     accept: frozenset[Verdict] = frozenset({Verdict.PASS})
     force_with_reason: Annotated[str | None, AfterValidator(lambda text: text or None)] = None
     licence: str = ""
+    sign_with: PathField | None = None
+    published: Annotated[str | None, BeforeValidator(_day)] = None
 
     @field_serializer("accept")
     def _in_order(self, accept: frozenset[Verdict]) -> list[str]:

@@ -47,6 +47,8 @@ from medistill.progress import Progress
 from medistill.release.durable import output_errors, replace_durably
 from medistill.release.folder import write_release
 from medistill.release.gate import check_gate
+from medistill.release.preprocessing import cohort_settings
+from medistill.release.signature import SigningKey, load_signing_key
 from medistill.release.tensors import load_distilled, save_distilled
 from medistill.report.forming import FormingSheet
 from medistill.report.page import three_lines
@@ -54,6 +56,7 @@ from medistill.seeds import derive_seed
 
 _MARK = "run.yaml"
 _TRAINED_ON = "trained_on.sha256"
+_MADE_FROM = "preprocessing.json"
 _RESULTS = {
     "phantom": "phantom",
     "ingest": "cohort",
@@ -130,6 +133,7 @@ class _Run:
             raise OutputError("output: the folder is not empty and holds no run. Choose a new one or empty it.")
         if self.config.privacy is not None:  # what cannot be private is refused before hours are spent
             foresee_run(self.config, patients=1)
+        self._signing_key()  # and so is a key that cannot sign
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(json.loads(self.config.model_dump_json()), sort_keys=False, allow_unicode=True)
         write_text(self.folder / _MARK, resolved)
@@ -349,10 +353,12 @@ class _Run:
         write_text(self.folder / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")
 
     def release_inputs(self) -> Mapping[str, Any]:
+        key = self._signing_key()
         return {
             "audit": self.digests["audit"],
             "evaluate": self.digests["evaluate"],
             "release": json.loads(self.config.release.model_dump_json()),
+            "signer": key.fingerprint if key else None,
         }
 
     def release(self) -> None:
@@ -375,9 +381,15 @@ class _Run:
             commands=("medistill run run.yaml",),
             forced_reason=section.force_with_reason,
             licence=section.licence or None,
+            signing_key=self._signing_key(),
+            published=section.published,
         )
         staged.replace(self.folder / "release")
         shutil.rmtree(self.folder / "release-superseded", ignore_errors=True)
+
+    def _signing_key(self) -> SigningKey | None:
+        path = self.config.release.sign_with
+        return load_signing_key(path) if path is not None else None
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -474,8 +486,16 @@ def save_run_distilled(folder: Path, distilled: DistilledSet, snapshots: Mapping
 
 
 def remember_cohort(folder: Path, cohort: Cohort) -> None:
-    """Keep a digest of the train split beside a distilled set; like the set's audit, it stays inside."""
+    """Keep a digest of the train split, which stays inside, and how its images were made, which is published."""
     write_text(folder / _TRAINED_ON, _train_digest(cohort) + "\n")
+    settings = cohort_settings(cohort.profile)
+    write_text(folder / _MADE_FROM, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def load_profile(folder: Path) -> Mapping[str, Any] | None:
+    """How the images were made that a run folder's set was distilled from; ``None`` where it was not kept."""
+    path = folder / _MADE_FROM
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def require_cohort(folder: Path, cohort: Cohort) -> None:

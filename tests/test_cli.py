@@ -26,7 +26,8 @@ from tests.report.example_release import audit_report, distilled_set
 
 COMMANDS = (
     *("demo", "run", "phantom", "wrap", "ingest", "inspect", "deidentify"),
-    *("distill", "audit", "evaluate", "release", "train", "verify", "list", "doctor", "version"),
+    *("train", "predict", "export", "keygen"),
+    *("distill", "audit", "evaluate", "release", "verify", "list", "doctor", "version"),
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

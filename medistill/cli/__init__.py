@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from medistill.cli import about, distill, ingest, privacy, receive, whole
+from medistill.cli import about, diagnose, distill, ingest, privacy, receive, whole
 from medistill.cli.app import app
 from medistill.cpu import prepare_cpu
 
-__all__ = ["about", "app", "distill", "ingest", "main", "privacy", "receive", "whole"]
+__all__ = ["about", "app", "diagnose", "distill", "ingest", "main", "privacy", "receive", "whole"]
 
-_ORDER = (whole, ingest, distill, receive, about)
+_ORDER = (whole, ingest, distill, receive, diagnose, about)
 app.registered_commands.sort(key=lambda command: [m.__name__ for m in _ORDER].index(command.callback.__module__))
 
 

@@ -251,17 +251,25 @@ def release(
     force_with_reason: Annotated[
         str | None, typer.Option(help="Release although the gate was not passed; the reason is printed on it.")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private key made by keygen; signs the release.", metavar="NAME.key")
+    ] = None,
+    published: Annotated[str | None, typer.Option(help="Day that stands in croissant.json: YYYY-MM-DD.")] = None,
 ) -> None:
-    """Seal a release folder, if the audit passed.
+    """Seal a release folder, if the audit passed, and sign it where a key is given.
 
     Example: `medistill release run --cohort cohort --out release`
+
+    Example: `medistill release run --cohort cohort --sign hospital.key --out release`
     """
     from medistill.core.reports import Verdict
     from medistill.release.folder import write_release
     from medistill.release.gate import check_gate
+    from medistill.release.signature import load_signing_key
     from medistill.release.tensors import load_distilled
-    from medistill.workflow import cohort_summary, load_audit, load_diagnosis, load_snapshots
+    from medistill.workflow import cohort_summary, load_audit, load_diagnosis, load_profile, load_snapshots
 
+    key = load_signing_key(sign) if sign else None
     distilled = load_distilled(run / "distilled")
     report = load_audit(run)
     check_gate(report, accept=frozenset({Verdict.PASS}), forced_reason=force_with_reason)
@@ -275,5 +283,10 @@ def release(
         commands=("medistill ingest …", "medistill distill …", "medistill audit …", "medistill evaluate …"),
         forced_reason=force_with_reason,
         licence=licence or None,
+        profile=load_profile(run),
+        signing_key=key,
+        published=published,
     )
+    if key is not None:
+        typer.echo(f"Signed by the key {key.fingerprint}")
     typer.echo(f"Sealed {out}; report: {out / 'report.html'}")

@@ -2,6 +2,17 @@
 
 from medistill.release.folder import write_release
 from medistill.release.gate import check_gate
+from medistill.release.signature import SigningKey, load_signing_key, write_key_pair
 from medistill.release.verify import Release, VerifiedRelease, load_release, verify_release
 
-__all__ = ["Release", "VerifiedRelease", "check_gate", "load_release", "verify_release", "write_release"]
+__all__ = [
+    "Release",
+    "SigningKey",
+    "VerifiedRelease",
+    "check_gate",
+    "load_release",
+    "load_signing_key",
+    "verify_release",
+    "write_key_pair",
+    "write_release",
+]

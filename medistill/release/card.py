@@ -11,6 +11,8 @@ from typing import Any
 from medistill.core.distilled import DistilledSet
 from medistill.core.reports import AuditReport, DiagnosticReport
 from medistill.core.task import TaskKind
+from medistill.release.dicom_export import frames_note
+from medistill.release.preprocessing import preprocessing
 from medistill.report.disclosure import (
     NOT_COVERED_NOTE,
     ROUNDING_NOTE,
@@ -24,6 +26,8 @@ from medistill.report.wording import guarantee_meaning, one_line, three_lines, w
 
 _VOLUME_AXES = 5
 CARD_FILE = "card.json"
+#: Tells the Hugging Face hub and ``datasets`` where the pictures are.
+_FRONT = "---\nconfigs:\n- config_name: default\n  data_dir: images\n---\n\n"
 SCHEMA_VERSION = 1
 DEFAULT_NAME = "Distilled image release"
 
@@ -51,8 +55,25 @@ def build_card(
     name: str,
     licence: str | None,
     versions: Mapping[str, str],
+    profile: Mapping[str, Any] | None = None,
+    signer: str | None = None,
+    published: str | None = None,
 ) -> dict[str, Any]:
     """The card as strict plain values.
+
+    Args:
+        distilled: What is released.
+        audit: What an audit concluded.
+        diagnosis: Arms side by side.
+        cohort: Summary of the cohort.
+        commands: Commands that make the release again.
+        forced_reason: Why it is released without regard to the gate.
+        name: Title.
+        licence: In the data owner's words.
+        versions: Of what else shaped the bytes.
+        profile: Settings of the cohort's images, where there is no summary.
+        signer: Fingerprint of the key that signs the release.
+        published: Day of publication.
 
     Privacy:
         Reads counts and measurements made on real patients. Every count is rounded down to tens; no pseudonym
@@ -67,6 +88,8 @@ def build_card(
         "task": distilled.task.to_json(),
         "ipc": distilled.ipc,
         "images": _images(distilled),
+        "dicom_frames": frames_note(distilled),
+        "preprocessing": preprocessing(distilled.images, (cohort or {}).get("profile") or profile),
         "method": distilled.recipe.method,
         "recipe_fingerprint": distilled.recipe.fingerprint(),
         "privacy": {
@@ -82,6 +105,9 @@ def build_card(
         "limits": list(_LIMITS),
         "real_and_synthetic": real_and_synthetic(distilled),
         "licence": licence,
+        "published": published,
+        "signature": None if signer is None else {"algorithm": "Ed25519", "fingerprint": signer},
+        "fingerprint": distilled.fingerprint(),
         "medistill_version": distilled.recipe.version,
         "versions": dict(versions),
         "commands": list(public_commands(commands)),
@@ -119,21 +145,41 @@ def readme(card: Mapping[str, Any]) -> str:
     licence = _markdown(
         card["licence"] or "not stated by the data owner; ask before you use or pass on the images."
     )
-    return f"""# {_markdown(card["name"])}
+    return f"""{_FRONT}# {_markdown(card["name"])}
 
 {_markdown(summary["what"])}
 
 {warnings.removesuffix(">" + chr(10))}
+## Check it
+
+```
+medistill verify PATH{" --key OWNER.pub" if card["signature"] else ""}
+```
+
+{_signature_note(card)}
+
 ## Load it
 
 ```python
-from medistill.release.verify import load_release
+from medistill import load_release
 release = load_release("PATH")              # this folder; every file is checked first
 image, soft_label = release[0]
 ```
 
 Without medistill: `safetensors.torch.load_file("images.safetensors")` gives `images` (in 0 to 1), `soft_labels`
-and `hard_labels`; `recipe.json` names the classes and how long to train.{_labels_note(card)}{_views_note(card)}
+and `hard_labels`; `recipe.json` names the classes and how long to train. 8-bit pictures with labels:
+`datasets.load_dataset("PATH")`, or `mlcroissant.Dataset("PATH/croissant.json")`.\
+{_labels_note(card)}{_views_note(card)}
+
+## Train and predict
+
+```
+medistill train PATH --out MODEL
+medistill predict MODEL FILE.dcm
+```
+
+{_markdown(card["preprocessing"]["sentence"])} An image that is to be diagnosed must be made the same way;
+the settings are in `card.json` under `preprocessing`.
 
 ## What is guaranteed
 
@@ -167,16 +213,38 @@ and `hard_labels`; `recipe.json` names the classes and how long to train.{_label
 | `images.safetensors` | exact images, soft labels, hard labels; labels of crops where there are any |
 | `recipe.json` | how they were made, how to train on them, the privacy statement |
 | `labels.csv`, `images/` | the same for looking at: one 8-bit picture per row{_pictures_note(card)} |
+| `images/metadata.csv` | the labels beside the pictures, as Hugging Face `datasets` looks for them |
+| `distilled.dcm` | the pictures as one DICOM file without a patient: {card["dicom_frames"]} |
 | `card.json` | this page for programs, with all figures |
+| `croissant.json` | this page for catalogues of data sets (Croissant 1.0 with RAI), with every file's digest |
 | `report.html` | the full report; open it in any browser, no network needed |
 | `SHA256SUMS` | digests of all files: `sha256sum -c SHA256SUMS` or `medistill verify PATH` |
-
-The digests show damage and careless changes; they are not a signature.
-
+{_signature_files(card)}
 ## Licence
 
 {licence}
 """
+
+
+def _signature_note(card: Mapping[str, Any]) -> str:
+    if card["signature"] is None:
+        return (
+            "This release is not signed: the digests show damage and careless changes, not who made the folder. "
+            "Compare\nthe digest of `SHA256SUMS` with one that the owner gave you another way."
+        )
+    return (
+        f"This release is signed (Ed25519) with the key\n`{card['signature']['fingerprint']}`.\n"
+        "The key in this folder shows that the folder is of one piece; that it is the owner's key you must learn "
+        "elsewhere.\nTake `OWNER.pub` or this fingerprint from the owner, not from whoever passed the folder on.\n"
+        "Without medistill, in this folder: `sha256sum -c SHA256SUMS`, then\n"
+        "`openssl pkeyutl -verify -pubin -inkey OWNER.pub -rawin -in SHA256SUMS -sigfile SHA256SUMS.sig`."
+    )
+
+
+def _signature_files(card: Mapping[str, Any]) -> str:
+    if card["signature"] is None:
+        return ""
+    return "| `signer.pub`, `SHA256SUMS.sig` | the public key, and the signature over `SHA256SUMS` |\n"
 
 
 def _labels_note(card: Mapping[str, Any]) -> str:

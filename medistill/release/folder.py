@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ from medistill.core.distilled import DistilledSet
 from medistill.core.reports import AuditReport, DiagnosticReport
 from medistill.errors import DataError, OutputError, PrivacyError
 from medistill.release.card import CARD_FILE, DEFAULT_NAME, build_card, readme
+from medistill.release.croissant import CROISSANT_FILE, TABLE_FILE, croissant, soft_column
+from medistill.release.dicom_export import DICOM_FILE, dicom_bytes
 from medistill.release.durable import output_errors, partial_name, sync_folder, write_durably
-from medistill.release.seal import SEAL_FILE, seal
+from medistill.release.seal import SEAL_FILE, SIGNATURE_FILE, seal
+from medistill.release.signature import SIGNER_FILE, SigningKey
 from medistill.release.tensors import distilled_files, json_bytes
 from medistill.report.page import render_report
 from medistill.report.png import encode, picture
 
 # The decimals of a number (1/3 is 0.3333333333333333) have the alphabet of a pseudonym too, and are none.
 _IDENTIFIER = re.compile(rb"(?<![A-Za-z0-9])(?<![0-9]\.)[A-Z2-7]{16}(?![A-Za-z0-9])|(?<![0-9.])2\.25\.[0-9]{6,}")
+# The UIDs in the DICOM file are made from the set, which has no field of a patient; a public key is random digits.
+_NOT_TEXT = (".png", ".safetensors", ".dcm", ".pub")
 _PICTURE_DATA = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")
 
 
@@ -42,6 +48,9 @@ def write_release(
     forced_reason: str | None = None,
     name: str = DEFAULT_NAME,
     licence: str | None = None,
+    profile: Mapping[str, Any] | None = None,
+    signing_key: SigningKey | None = None,
+    published: str | None = None,
 ) -> Path:
     """Write what leaves the hospital.
 
@@ -60,13 +69,17 @@ def write_release(
         forced_reason: Why it is released without regard to the gate; a prominent warning.
         name: Title of the release.
         licence: Under which terms the images may be used, in the data owner's words.
+        profile: How the cohort's images were made, where there is no summary with a profile; a model trained on
+            the release can only be applied to images made the same way.
+        signing_key: Signs the release.
+        published: Day of publication as ``YYYY-MM-DD``; left out where not given, for no clock is read.
 
     Returns:
         The folder.
 
     Raises:
         OutputError: If the folder is not empty or not writable, or the disk is full.
-        DataError: If the audit is of another recipe.
+        DataError: If the audit is of another recipe, or ``published`` is no day.
         PrivacyError: If something of the form of a pseudonym or a remapped UID would be published.
 
     Privacy:
@@ -80,6 +93,7 @@ def write_release(
             raise DataError(
                 f"Expected the {what} of this distilled set, got that of another. Run it on this set first."
             )
+    _require_day(published)
     files = _contents(
         distilled=distilled,
         audit=audit,
@@ -90,25 +104,40 @@ def write_release(
         name=name,
         licence=licence,
         snapshots=snapshots,
+        stated={"profile": profile, "published": published},
+        signing_key=signing_key,
     )
     _refuse_identifiers(files, distilled.task.class_names)
+    sealed = seal(files)
+    signature = {} if signing_key is None else {SIGNATURE_FILE: signing_key.sign(sealed)}
     with output_errors(out):
-        _publish(out, {**files, SEAL_FILE: seal(files)})
+        _publish(out, {**files, SEAL_FILE: sealed, **signature})
     return out
 
 
-def _contents(*, snapshots: Mapping[str, Tensor] | None, **evidence: Any) -> dict[str, bytes]:
+def _contents(
+    *,
+    snapshots: Mapping[str, Tensor] | None,
+    stated: Mapping[str, Any],
+    signing_key: SigningKey | None,
+    **evidence: Any,
+) -> dict[str, bytes]:
     distilled: DistilledSet = evidence["distilled"]
     evidence["versions"] = _versions()
-    card = build_card(**evidence)
-    return {
+    card = build_card(**evidence, **stated, signer=signing_key.fingerprint if signing_key else None)
+    files = {
         **distilled_files(distilled),
         **{_picture_name(i): encode(picture(image)) for i, image in enumerate(distilled.images)},
         "labels.csv": _labels(distilled),
+        TABLE_FILE: _table(distilled),
+        DICOM_FILE: dicom_bytes(distilled),
         CARD_FILE: json_bytes(card),
         "README.md": readme(card).encode(),
         "report.html": render_report(snapshots=snapshots, **evidence).encode(),
+        **({SIGNER_FILE: signing_key.public} if signing_key else {}),
     }
+    described = croissant(card, files, fingerprint=distilled.fingerprint())
+    return {**files, CROISSANT_FILE: json_bytes(described)}
 
 
 def _versions() -> dict[str, str]:
@@ -122,21 +151,45 @@ def _picture_name(index: int) -> str:
 
 def _labels(distilled: DistilledSet) -> bytes:
     names = distilled.task.class_names
+    rows = [[_picture_name(i), names[label], *shares] for i, label, shares in _rows(distilled)]
+    return _csv(["file", "class", *map(soft_column, names)], rows)
+
+
+def _table(distilled: DistilledSet) -> bytes:
+    """As labels.csv, with names relative to the pictures and the class as a number too."""
+    names = distilled.task.class_names
+    rows = [
+        [_picture_name(i).removeprefix("images/"), names[label], str(label), *shares]
+        for i, label, shares in _rows(distilled)
+    ]
+    return _csv(["file_name", "class", "label", *map(soft_column, names)], rows)
+
+
+def _rows(distilled: DistilledSet) -> Iterator[tuple[int, int, list[str]]]:
+    labels, soft_labels = distilled.hard_labels.tolist(), distilled.soft_labels.tolist()
+    for i, (label, row) in enumerate(zip(labels, soft_labels, strict=True)):
+        yield i, label, [f"{share:.6f}" for share in row]
+
+
+def _csv(header: list[str], rows: list[list[str]]) -> bytes:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "class", *(f"soft_label:{name}" for name in names)])
-    for i, (label, row) in enumerate(
-        zip(distilled.hard_labels.tolist(), distilled.soft_labels.tolist(), strict=True)
-    ):
-        table.writerow([_picture_name(i), names[label], *(f"{share:.6f}" for share in row)])
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().encode()
+
+
+def _require_day(published: str | None) -> None:
+    try:
+        if published is not None and date.fromisoformat(published).isoformat() != published:
+            raise ValueError
+    except ValueError:
+        raise DataError("Expected the day of publication as YYYY-MM-DD, got another form.") from None
 
 
 def _refuse_identifiers(files: Mapping[str, bytes], class_names: tuple[str, ...]) -> None:
     """Last look before anything leaves: no text file may hold a pseudonym or a remapped UID."""
     alike = [name.encode() for name in class_names if _IDENTIFIER.search(name.encode())]
     for name, content in files.items():
-        if name.endswith((".png", ".safetensors")):
+        if name.endswith(_NOT_TEXT):
             continue
         text = _PICTURE_DATA.sub(b"", content)
         for class_name in alike:

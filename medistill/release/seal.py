@@ -1,6 +1,7 @@
 """``SHA256SUMS``: which files belong to a release and what they hold, as ``sha256sum -c`` reads it.
 
-The seal shows damage and careless changes. It is not a signature: whoever can write the folder can seal it anew.
+The seal shows damage and careless changes. Whoever can write the folder can seal it anew; against that a seal can
+be signed (:mod:`medistill.release.signature`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ import re
 from collections.abc import Mapping
 
 SEAL_FILE = "SHA256SUMS"
+SIGNATURE_FILE = "SHA256SUMS.sig"
+#: A seal larger than this is not read.
+LARGEST_SEAL = 1 << 20
 
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?")
+#: Names that open a device instead of a file on Windows, whatever follows the first dot.
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+_DEEPEST = 8
 
 
 def seal(files: Mapping[str, bytes]) -> bytes:
@@ -36,6 +43,7 @@ def parse_seal(content: bytes) -> tuple[dict[str, str], tuple[str, ...]]:
         never returned.
     """
     digests: dict[str, str] = {}
+    spelled = {SEAL_FILE.casefold(): SEAL_FILE, SIGNATURE_FILE.casefold(): SIGNATURE_FILE}
     problems = []
     text = content.decode("utf-8", errors="replace")
     if text and not text.endswith("\n"):
@@ -46,13 +54,29 @@ def parse_seal(content: bytes) -> tuple[dict[str, str], tuple[str, ...]]:
             problems.append(f"{SEAL_FILE} line {position} is not 'digest, two spaces, name'")
         elif not is_inside(match[2]):
             problems.append(f"{SEAL_FILE} line {position} names a place outside the release: {match[2]!a}")
-        elif match[2] in digests or match[2] == SEAL_FILE:
-            problems.append(f"{SEAL_FILE} line {position} names {match[2]} again")
+        elif _collides(match[2], spelled):
+            problems.append(f"{SEAL_FILE} line {position} names {match[2]} again, perhaps in another case")
         else:
             digests[match[2]] = match[1]
     return digests, tuple(problems)
 
 
+def _collides(name: str, spelled: dict[str, str]) -> bool:
+    """Whether a file system without cases would put this where something else is; folders end in a slash."""
+    parts = name.split("/")
+    folders = ["/".join(parts[:count]) for count in range(1, len(parts))]
+    file = name.casefold()
+    if file in spelled or f"{file}/" in spelled:
+        return True
+    for folder in folders:
+        if folder.casefold() in spelled or spelled.setdefault(f"{folder.casefold()}/", folder) != folder:
+            return True
+    spelled[file] = name
+    return False
+
+
 def is_inside(name: str) -> bool:
-    """Whether a name is a plain relative one: no drive, no leading slash, no ``..``, nothing hidden."""
-    return all(_PART.fullmatch(part) for part in name.split("/"))
+    """Whether a name is a plain relative one on every system: no drive, no ``..``, no device, nothing hidden."""
+    parts = name.split("/")
+    plain = all(_PART.fullmatch(part) and not _DEVICE.fullmatch(part) for part in parts)
+    return plain and len(parts) <= _DEEPEST

@@ -46,7 +46,7 @@ def reseal(release: Path) -> None:
 
 def test_untouched_release(release):
     verified = verify_release(release)
-    assert verified.files == 11
+    assert verified.files == 14
     assert verified.bytes == sum(p.stat().st_size for p in release.rglob("*") if p.is_file())
     assert verified.verdict is Verdict.PASS
     assert verified.privacy == PRIVATE.sentence
@@ -157,6 +157,11 @@ def test_folder_in_the_place_of_a_file(release):
         "a\\b",
         "images//0000.png",
         "~/x",
+        "CON",
+        "images/nul.png",
+        "ends.",
+        "a" * 200,
+        "/".join("deep" for _ in range(20)),
     ],
 )
 def test_path_trick(release, name):
@@ -178,6 +183,11 @@ def test_path_trick(release, name):
         (lambda text: text[:-1], "does not end with a newline"),
         (lambda text: text + text.splitlines()[0] + "\n", "again"),
         (lambda text: text + "0" * 64 + "  SHA256SUMS\n", "names SHA256SUMS again"),
+        (lambda text: text + "0" * 64 + "  SHA256SUMS.sig\n", "names SHA256SUMS.sig again"),
+        (lambda text: text + "0" * 64 + "  Card.json\n", "names Card.json again, perhaps in another case"),
+        (lambda text: text + "0" * 64 + "  IMAGES/9.png\n", "names IMAGES/9.png again"),
+        (lambda text: text + "0" * 64 + "  images\n", "names images again"),
+        (lambda text: text + "0" * 64 + "  card.json/x\n", "names card.json/x again"),
         (lambda text: "", "is not 'digest, two spaces, name'"),
         (
             lambda text: text + "\udcff".encode("utf-8", "surrogateescape").decode("latin-1") + "\n",
