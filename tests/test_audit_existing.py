@@ -19,9 +19,7 @@ from tests.pipelines import run_pipeline
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, data = tmp_path_factory.mktemp("existing"), blobs(patients=240, size=16)
     images = (data.images[:, 0].numpy() * 255).astype(np.uint8)
-    np.savez(
-        folder / "blobs.npz", images=images, label=data.classes.numpy(), patient_id=np.array(data.patients)
-    )
+    np.savez(folder / "blobs.npz", images=images, label=data.classes.numpy(), patient_id=np.array(data.patients))
     fractions = SplitFractions(train=0.5, validation=0.2, holdout=0.3, test=0.0)
     config = IngestConfig(size=16, fractions=fractions, classes=("0", "1"), burned_in="allow")
     ingest(SOURCES.load("npz")(folder / "blobs.npz"), folder / "cohort", key=bytes(32), config=config)

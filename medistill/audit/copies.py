@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medistill.audit.attack import Exposed
-from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift
+from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift, source_lift_p
 from medistill.audit.mixtures import Mixtures, MixtureSearch
 from medistill.core.images import ImageSet, joined
 from medistill.core.reports import AttackOutcome, ControlOutcome, Verdict
@@ -37,6 +37,7 @@ class Copies:
         share: Share of members among the patients nearest to the release.
         chance: Share of members among all patients that are searched.
         p_value: Of so many members among them, or among the nearest pairs.
+        smallest: The p-value if all of them were members.
         controls: Positive and negative.
     """
 
@@ -47,6 +48,7 @@ class Copies:
     share: float
     chance: float
     p_value: float
+    smallest: float
     controls: tuple[ControlOutcome, ...]
 
 
@@ -69,8 +71,10 @@ class _Searched:
         return set(self.everybody.patients) - self.inside
 
     def lift(self, released: Tensor) -> tuple[float, float]:
-        nearest = CopyAlarm().search(released, self.everybody, self.reference)
-        return source_lift(set(nearest.patients), self.inside, self.outside)
+        """Share of members among the nearest of as many members as others, and its p-value."""
+        nearest = CopyAlarm().search(released, self.balanced, self.reference)
+        others = set(self.balanced.patients) - self.members
+        return source_lift(set(nearest.patients), set(self.members), others)
 
 
 def measure_copies(
@@ -118,6 +122,7 @@ def measure_copies(
         share=share,
         chance=len(searched.inside) / (len(searched.inside) + len(searched.outside)),
         p_value=min(1.0, 2 * min(near, pair)),
+        smallest=_smallest(len(set(found.patients)), len(searched.inside), len(searched.outside)),
         controls=(*_positive(searched, seed), _negative(searched, control, control_name)),
     )
 
@@ -216,6 +221,7 @@ def conclude_copies(measured: Copies, *, corrected: float, alpha: float) -> Atta
             "gap_limit": measured.found.gap_limit,
             "members_among_nearest_patients": round(measured.share, 2),
             "by_chance": round(measured.chance, 2),
+            "smallest_p_value_that_so_many_could_give": measured.smallest,
         },
         controls=measured.controls,
         verdict=verdict,
@@ -236,8 +242,8 @@ def _summary(measured: Copies, verdict: Verdict, released: int, corrected: float
     if measured.mixed:
         return f"{measured.mixed} of {released} released pictures are mixtures of two patients' images."
     return (
-        f"{measured.share:.0%} of the patients nearest to the released pictures are members, {measured.chance:.0%} would be "
-        f"chance (p = {corrected:.2g})."
+        f"{measured.share:.0%} of the patients nearest to the released pictures are members, "
+        f"{measured.chance:.0%} would be chance (p = {corrected:.2g})."
     )
 
 
@@ -278,6 +284,10 @@ def _one_image_each(images: ImageSet, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "order of patients"))
     positions = [first[patient] for patient in images.unique_patients]
     return [positions[i] for i in torch.randperm(len(positions), generator=generator).tolist()]
+
+
+def _smallest(nearest: int, members: int, others: int) -> float:
+    return float(f"{source_lift_p(min(nearest, members), nearest, members, others):.2g}")
 
 
 def _copies_of(search: CopySearch, members: set[str]) -> int:

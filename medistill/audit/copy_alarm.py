@@ -139,6 +139,9 @@ def source_lift(nearest: set[str], members: set[str], non_members: set[str]) -> 
         count as members, drawn anew).
     """
     hits = len(nearest & members)
-    total = len(members) + len(non_members)
-    p_value = float(stats.hypergeom.sf(hits - 1, total, len(members), len(nearest)))
-    return hits / max(1, len(nearest)), p_value
+    return hits / max(1, len(nearest)), source_lift_p(hits, len(nearest), len(members), len(non_members))
+
+
+def source_lift_p(hits: int, nearest: int, members: int, non_members: int) -> float:
+    """Probability of as many members among the nearest when who is a member is drawn anew (hypergeometric)."""
+    return float(stats.hypergeom.sf(hits - 1, members + non_members, members, nearest))
