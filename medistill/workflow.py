@@ -52,6 +52,7 @@ from medistill.release.signature import SigningKey, load_signing_key
 from medistill.release.tensors import load_distilled, save_distilled
 from medistill.report.forming import FormingSheet
 from medistill.report.page import three_lines
+from medistill.report.runs import RunRow, run_row
 from medistill.seeds import derive_seed
 
 _MARK = "run.yaml"
@@ -532,6 +533,26 @@ def load_diagnosis(folder: Path) -> DiagnosticReport | None:
     """Evaluation of a run folder, or ``None`` where none was made."""
     path = folder / "diagnosis.json"
     return DiagnosticReport.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def load_row(folder: Path) -> RunRow:
+    """A run folder as a row of a comparison.
+
+    Raises:
+        DataError: If it holds no distilled set.
+    """
+    if not (folder / "distilled").is_dir():
+        raise DataError(
+            f"{folder.name} holds no distilled set; expected a run folder made by `medistill distill`."
+        )
+    mark = folder / _TRAINED_ON
+    return run_row(
+        folder.name,
+        mark.read_text(encoding="utf-8").strip() if mark.exists() else "",
+        load_distilled(folder / "distilled"),
+        load_audit(folder),
+        load_diagnosis(folder),
+    )
 
 
 def demo_config(out: Path, *, patients: int = 400) -> RunConfig:

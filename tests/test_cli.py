@@ -27,7 +27,7 @@ from tests.report.example_release import audit_report, distilled_set
 COMMANDS = (
     *("demo", "run", "phantom", "wrap", "ingest", "inspect", "deidentify"),
     *("train", "predict", "export", "keygen"),
-    *("distill", "audit", "evaluate", "release", "verify", "list", "doctor", "version"),
+    *("distill", "audit", "evaluate", "release", "compare", "verify", "list", "doctor", "version"),
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

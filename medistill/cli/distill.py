@@ -290,3 +290,29 @@ def release(
     if key is not None:
         typer.echo(f"Signed by the key {key.fingerprint}")
     typer.echo(f"Sealed {out}; report: {out / 'report.html'}")
+
+
+@app.command()
+@guarded
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="Page with the table and a chart.")] = Path("compare.html"),
+) -> None:
+    """Put several runs side by side: AUROC of every arm, epsilon, the audit's verdict.
+
+    Example: `medistill compare runs/ten runs/one runs/private --out compare.html`
+    """
+    from medistill.report.runs import render_runs, warnings_of_runs
+    from medistill.workflow import load_row, write_text
+
+    rows = [load_row(folder) for folder in runs]
+    write_text(out, render_runs(rows))
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        found = "  ".join(f"{arm} {estimate}" for arm, estimate in row.auroc.items()) or "not evaluated"
+        epsilon = "nothing proved" if row.epsilon == float("inf") else f"epsilon {row.epsilon:.3g}"
+        audited = row.verdict or "not audited"
+        typer.echo(f"{row.name:<{width}}  {row.images} images  {epsilon}  {audited}  {found}")
+    for warning in warnings_of_runs(rows):
+        typer.echo(f"Note: {warning}")
+    typer.echo(f"Page: {out}")
