@@ -27,13 +27,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if chosen or "not benchmark" not in config.option.markexpr else min(2, os.cpu_count() or 1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one worker, and so do those that share the archive."""
-    for item in items:
-        home = item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group("pacs" if "/pacs/" in home else home))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real, openly licensed images; the test is skipped where it is absent."""
