@@ -220,7 +220,7 @@ def _findings(measured: Measured, classes: tuple[str, ...], ceiling: float | Non
     if measured.worst_class is not None:
         number, area = measured.worst_class
         found[f"largest_auroc_of_a_class_({classes[number]})"] = round(area.value, 3)
-        found["its_upper_limit"] = round(area.high, 3)
+        found["largest_auroc_of_a_class,_upper_limit"] = round(area.high, 3)
     if ceiling is not None:
         found["largest_auroc_the_claimed_epsilon_allows"] = round(ceiling, 3)
     return found

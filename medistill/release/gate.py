@@ -41,7 +41,7 @@ def check_gate(audit: AuditReport | None, *, accept: frozenset[Verdict], forced_
     if audit.verdict in accept and not causes:
         return
     worst = audit.verdict if audit.verdict not in accept else causes[0].verdict
-    lines = "".join(f"\n  - {_cause(outcome)}" for outcome in causes)
+    lines = "".join(f"\n  - {cause}" for cause in (*map(_cause, causes), *audit.refusals))
     raise GateError(
         f"The gate was not passed: {worst.value} ({VERDICTS[worst]}); the policy accepts "
         f"{', '.join(sorted(verdict.value for verdict in accept)) or 'no verdict'}.{lines}\n"

@@ -277,11 +277,12 @@ def _audit_warnings(audit: AuditReport | None) -> tuple[Warned, ...]:
         return (Warned(title="Not audited", text="No attack was run. Nothing is known about leaks."),)
     if audit.verdict is Verdict.PASS:
         return ()
-    named = "; ".join(
+    causes = [
         f"{_words(outcome.attack)}: {_cause(outcome)}"
         for outcome in audit.outcomes
         if outcome.verdict is audit.verdict
-    )
+    ]
+    named = "; ".join([*causes, *map(one_line, audit.refusals)])
     sentence = VERDICTS[audit.verdict].capitalize() + "."
     title = f"Audit verdict: {audit.verdict.value.replace('_', ' ')}"
     return (Warned(title=title, text=f"{sentence} {named}".strip()),)

@@ -20,10 +20,12 @@ from medistill.core.guarantee import Budget
 from medistill.core.reports import AuditReport, Verdict
 from medistill.distill import distill
 from medistill.distill.surrogate import Surrogate
-from medistill.errors import ConfigError
+from medistill.errors import ConfigError, GateError
 from medistill.privacy import OpenCurator, PrivateCurator
 from medistill.privacy.ledger import Ledger
 from medistill.registry import ATTACKS
+from medistill.release.gate import check_gate
+from medistill.report.wording import warnings_of
 from tests.conftest import REPOSITORY, blobs
 
 TRAIN, HOLDOUT, REFERENCE = blobs(160, seed=1), blobs(80, seed=2, first=1000), blobs(80, seed=3, first=2000)
@@ -105,6 +107,15 @@ def test_the_delta_of_a_policy_shrinks_with_the_patients(patients: int, limit: s
     claim = replace(release.privacy, epsilon=1.0, delta=1e-4, reason="", accountants=("PLD",), event="one sum")
     (found,) = AuditPolicy(epsilon_max=3.0).refusals(claim, patients)
     assert found == f"Delta 0.0001 is above the policy's {limit}."
+
+
+def test_the_gate_and_the_report_say_what_the_policy_refused() -> None:
+    report = examined("quick", epsilon_max=3.0)
+    assert report.verdict is Verdict.FAIL
+    with pytest.raises(GateError, match="none is proved"):
+        check_gate(report, accept=frozenset({Verdict.PASS}))
+    release = distill(OpenCurator(TRAIN), method="coreset", ipc=1).distilled
+    assert any("none is proved" in warning.text for warning in warnings_of(release, report, None))
 
 
 def test_the_shipped_policy_is_read() -> None:
