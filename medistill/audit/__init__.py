@@ -2,8 +2,9 @@
 
 from medistill.audit.attack import Exposed
 from medistill.audit.policy import AuditPolicy
+from medistill.audit.pool import require_patients
 from medistill.audit.record import read_pictures, write_audit
-from medistill.audit.runner import audit, audit_images, require_patients
+from medistill.audit.runner import audit, audit_images
 
 __all__ = [
     "AuditPolicy",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -55,14 +56,14 @@ class Exposed:
         ipc = max(1, len(images) // images.task.n_classes)
         return cls(images=images.images, soft_labels=images.targets, task=images.task, ipc=ipc)
 
-    def with_(self, other: Exposed) -> Exposed:
-        """Two releases of one hospital, held together."""
-        return Exposed(
-            images=torch.cat([self.images, other.images]),
-            soft_labels=torch.cat([self.soft_labels, other.soft_labels]),
-            task=self.task,
-            ipc=self.ipc + other.ipc,
-            schedule=self.schedule,
+    @classmethod
+    def together(cls, releases: Sequence[Exposed]) -> Exposed:
+        """Releases of one hospital, held together."""
+        return replace(
+            releases[0],
+            images=torch.cat([one.images for one in releases]),
+            soft_labels=torch.cat([one.soft_labels for one in releases]),
+            ipc=sum(one.ipc for one in releases),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from medistill.audit.attack import Exposed
 from medistill.audit.copy_alarm import CopyAlarm, CopySearch, source_lift, source_lift_p
 from medistill.audit.mixtures import Mixtures, MixtureSearch
+from medistill.audit.pool import Pool
 from medistill.core.images import ImageSet, joined
 from medistill.core.reports import AttackOutcome, ControlOutcome, Verdict
 from medistill.distill.start import random_images
@@ -52,66 +53,40 @@ class Copies:
     controls: tuple[ControlOutcome, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Searched:
-    """Everybody a released image is compared with."""
+    """Everybody a released image is compared with, learned once for the release and its controls."""
 
-    train: ImageSet
-    everybody: ImageSet
-    balanced: ImageSet
-    members: frozenset[str]
-    reference: Tensor
-
-    @property
-    def inside(self) -> set[str]:
-        return set(self.train.patients)
-
-    @property
-    def outside(self) -> set[str]:
-        return set(self.everybody.patients) - self.inside
+    def __init__(self, pool: Pool) -> None:
+        self.train, self.members, reference = pool.train, pool.members, pool.reference.images
+        everybody = joined(pool.train, pool.holdout)
+        self.inside = set(pool.train.patients)
+        self.outside = set(everybody.patients) - self.inside
+        self.balanced = pool.candidates
+        self.copies = CopyAlarm().within(everybody, reference)
+        self.mixtures = MixtureSearch().within(everybody, reference)
+        self.copies_of_balanced = CopyAlarm().within(pool.candidates, reference)
+        self.mixtures_of_balanced = MixtureSearch().within(pool.candidates, reference)
 
     def lift(self, released: Tensor) -> tuple[float, float]:
         """Share of members among the nearest of as many members as others, and its p-value."""
-        nearest = CopyAlarm().search(released, self.balanced, self.reference)
+        nearest = self.copies_of_balanced.search(released)
         others = set(self.balanced.patients) - self.members
         return source_lift(set(nearest.patients), set(self.members), others)
 
 
-def measure_copies(
-    release: Exposed,
-    control: Exposed,
-    *,
-    control_name: str,
-    train: ImageSet,
-    candidates: ImageSet,
-    members: frozenset[str],
-    holdout: ImageSet,
-    reference: ImageSet,
-    seed: int,
-) -> Copies:
+def measure_copies(release: Exposed, control: Exposed, *, control_name: str, pool: Pool, seed: int) -> Copies:
     """Search a release and its controls.
 
     Args:
         release: What is audited.
         control: A release of patients of whom none is a candidate.
         control_name: What that is, in words.
-        train: Images of all patients that the release was distilled from.
-        candidates: Images of as many members as others.
-        members: Members among the candidates.
-        holdout: Images of patients that distillation never saw.
-        reference: Images of further patients.
+        pool: Who is attacked, and who stands beside them.
         seed: Public seed.
     """
-    searched = _Searched(
-        train=train,
-        everybody=joined(train, holdout),
-        balanced=candidates,
-        members=members,
-        reference=reference.images,
-    )
-    found = CopyAlarm().search(release.images, searched.everybody, reference.images)
-    mixtures = MixtureSearch().search(release.images, searched.everybody, reference.images)
-    inside = np.isin(mixtures.patients, train.unique_patients)
+    searched = _Searched(pool)
+    found, mixtures = searched.copies.search(release.images), searched.mixtures.search(release.images)
+    inside = np.isin(mixtures.patients, pool.train.unique_patients)
     share, near = source_lift(set(found.patients), searched.inside, searched.outside)
     _, pair = source_lift(set(mixtures.patients.flatten().tolist()), searched.inside, searched.outside)
     return Copies(
@@ -132,7 +107,7 @@ def _positive(searched: _Searched, seed: int) -> tuple[ControlOutcome, ...]:
     real = random_images(
         searched.train, ipc=max(1, min(_REAL_PER_CLASS, smallest)), seed=derive_seed(seed, "real release")
     )
-    guilty = CopyAlarm().search(real.images, searched.everybody, searched.reference)
+    guilty = searched.copies.search(real.images)
     rows = zip(guilty.copies, guilty.patients, real.patients, strict=True)
     caught = np.mean([flag and who == true for flag, who, true in rows])
     return (
@@ -153,7 +128,7 @@ def _mixed_control(searched: _Searched, seed: int) -> ControlOutcome:
     order = _one_image_each(searched.train, seed)
     first, second = order[:count], order[count : 2 * count]
     images = (searched.train.images[first] + searched.train.images[second]) / 2
-    found = MixtureSearch().search(images, searched.everybody, searched.reference)
+    found = searched.mixtures.search(images)
     names = [{searched.train.patients[i], searched.train.patients[j]} for i, j in zip(first, second, strict=True)]
     rows = zip(found.mixed, found.patients, names, strict=True)
     caught = np.mean([flag and set(pair.tolist()) == true for flag, pair, true in rows])
@@ -181,8 +156,8 @@ def _noisy_control(searched: _Searched, seed: int) -> ControlOutcome:
 
 
 def _negative(searched: _Searched, control: Exposed, name: str) -> ControlOutcome:
-    search = CopyAlarm().search(control.images, searched.balanced, searched.reference)
-    mixed = MixtureSearch().search(control.images, searched.balanced, searched.reference)
+    search = searched.copies_of_balanced.search(control.images)
+    mixed = searched.mixtures_of_balanced.search(control.images)
     copies, mixtures = int(search.copies.sum()), int(mixed.mixed.sum())
     return ControlOutcome(
         name=f"negative: {name}",
@@ -263,7 +238,7 @@ def closest_pairs(
         Returns patients' images, for the data owner's eyes only.
     """
     alarm = CopyAlarm()
-    gap = alarm.search(release.images, train, reference.images).gap
+    gap = alarm.within(train, reference.images).search(release.images).gap
     chosen = np.argsort(-gap)[:count].tolist()
     inside, outside = (alarm.nearest(release.images[chosen], part.images) for part in (train, holdout))
     return tuple(

@@ -61,22 +61,50 @@ class CopyAlarm:
     side: int = 32
     volume_side: int = 16
 
-    def search(self, released: Tensor, pool: ImageSet, reference: Tensor) -> CopySearch:
-        """Search the released images.
+    def within(self, pool: ImageSet, reference: Tensor) -> CopiesWithin:
+        """Learn what images of strangers reach, to search for several releases.
 
         Args:
-            released: Shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
             pool: Images of all patients that could have been copied, and of others.
             reference: Images of people outside the pool, shape ``(r, c, h, w)``.
         """
-        of_pool = self._normalised(pool.images)
-        distinct, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
-        _, usual_best, usual_gap = self._match(self._normalised(reference), of_pool, of_image)
-        best, correlation, gap = self._match(self._normalised(released), of_pool, of_image)
-        gap_limit = limit_of_gaps(usual_gap, len(released))
-        correlation_limit = float((1 + usual_best.max()) / 2)
+        return CopiesWithin(self, pool, reference)
+
+    def nearest(self, released: Tensor, images: Tensor) -> tuple[list[int], list[float]]:
+        """Position of the image that each released one correlates with most, and that correlation."""
+        correlation = self.normalised(released) @ self.normalised(images).T
+        best = correlation.argmax(1)
+        return best.tolist(), correlation.max(1).tolist()
+
+    def normalised(self, images: Tensor) -> Floats:
+        """Images as rows of length 1 and mean 0, shape ``(n, d)``."""
+        return unit_rows(averaged(images, plane=self.side, solid=self.volume_side).flatten(1).double().numpy())
+
+
+class CopiesWithin:
+    """A pool of patients with what images of strangers reach in it.
+
+    Args:
+        alarm: How images are compared.
+        pool: Images of all patients that could have been copied, and of others.
+        reference: Images of people outside the pool, shape ``(r, c, h, w)``.
+    """
+
+    def __init__(self, alarm: CopyAlarm, pool: ImageSet, reference: Tensor) -> None:
+        self._alarm = alarm
+        self._names, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
+        order = np.argsort(of_image, kind="stable")
+        self._pool = alarm.normalised(pool.images)[order]
+        self._starts = np.flatnonzero(np.r_[True, np.diff(of_image[order]) > 0])
+        _, self._usual_best, self._usual_gap = self._match(reference)
+
+    def search(self, released: Tensor) -> CopySearch:
+        """Search released images, shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``."""
+        best, correlation, gap = self._match(released)
+        gap_limit = limit_of_gaps(self._usual_gap, len(released))
+        correlation_limit = float((1 + self._usual_best.max()) / 2)
         return CopySearch(
-            patients=tuple(str(distinct[i]) for i in best),
+            patients=tuple(str(self._names[i]) for i in best),
             correlation=correlation,
             gap=gap,
             copies=(gap > gap_limit) | (correlation > correlation_limit),
@@ -84,33 +112,23 @@ class CopyAlarm:
             correlation_limit=correlation_limit,
         )
 
-    def nearest(self, released: Tensor, images: Tensor) -> tuple[list[int], list[float]]:
-        """Position of the image that each released one correlates with most, and that correlation."""
-        correlation = self._normalised(released) @ self._normalised(images).T
-        best = correlation.argmax(1)
-        return best.tolist(), correlation.max(1).tolist()
-
-    def _normalised(self, images: Tensor) -> Floats:
-        flat = averaged(images, plane=self.side, solid=self.volume_side).flatten(1).double()
-        flat = flat - flat.mean(1, keepdim=True)
-        unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        normalised: Floats = unit.numpy()
-        return normalised
-
-    @staticmethod
-    def _match(
-        images: Floats, pool: Floats, of_image: NDArray[np.intp]
-    ) -> tuple[NDArray[np.intp], Floats, Floats]:
+    def _match(self, images: Tensor) -> tuple[NDArray[np.intp], Floats, Floats]:
         """Best patient of each image, the correlation with it, and its gap to the second-best patient."""
-        order = np.argsort(of_image, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(of_image[order]) > 0])
-        per_patient = np.maximum.reduceat(images @ pool[order].T, starts, axis=1)
+        correlation = self._alarm.normalised(images) @ self._pool.T
+        per_patient = np.maximum.reduceat(correlation, self._starts, axis=1)
         ranked = np.argsort(per_patient, axis=1)
         rows = np.arange(len(images))
         first = per_patient[rows, ranked[:, -1]]
         second = per_patient[rows, ranked[:, -2]]
         z_first, z_second = (np.arctanh(np.clip(c, -_NEARLY_ONE, _NEARLY_ONE)) for c in (first, second))
         return ranked[:, -1], first, z_first - z_second
+
+
+def unit_rows(rows: Floats) -> Floats:
+    """Rows less their mean, of length 1, so that inner products are correlations."""
+    rows = rows - rows.mean(1, keepdims=True)
+    unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def limit_of_gaps(usual: Floats, searched: int) -> float:

@@ -12,6 +12,7 @@ from scipy import stats
 from medistill.audit import statistics
 from medistill.audit.attack import Exposed, Floats, Guilty, MembershipAttack, Prepared
 from medistill.audit.policy import AuditPolicy
+from medistill.audit.pool import Pool
 from medistill.core.images import ImageSet
 from medistill.core.reports import AttackOutcome, ControlOutcome, Estimate, Verdict
 from medistill.seeds import derive_seed
@@ -73,13 +74,12 @@ def measure(
     attack: str,
     made: MembershipAttack,
     prepared: Prepared,
+    guilty: Guilty,
     *,
     release: Exposed,
     control: Exposed,
     control_name: str,
-    guilty: Guilty,
-    candidates: ImageSet,
-    members: frozenset[str],
+    pool: Pool,
     policy: AuditPolicy,
     seed: int,
 ) -> Measured:
@@ -89,16 +89,15 @@ def measure(
         attack: Registered name.
         made: The attack.
         prepared: The attack after its preparation on the candidates.
+        guilty: The positive control.
         release: What is audited.
         control: A release of patients of whom none is a candidate.
         control_name: What that is, in words.
-        guilty: The positive control.
-        candidates: Images of all patients who are attacked.
-        members: Those among them the release was distilled from.
+        pool: Who is attacked.
         policy: When an audit passes.
         seed: Public seed.
     """
-    scores = split_scores(prepared.score(release, candidates), candidates, members)
+    scores = _scored(prepared, release, pool)
     area = statistics.auroc(scores.members, scores.others)
     rates = {fpr: statistics.tpr_at_fpr(scores.members, scores.others, fpr=fpr) for fpr in policy.fprs}
     resolved = [fpr for fpr, rate in rates.items() if rate is not None]
@@ -115,7 +114,7 @@ def measure(
         tests=len(single),
         controls=(
             _positive(made, prepared, guilty),
-            _negative(prepared, control, control_name, candidates, members),
+            _negative(prepared, control, control_name, pool),
         ),
         worst_class=_worst_class(scores, policy.class_patients),
     )
@@ -145,10 +144,12 @@ def _positive(made: MembershipAttack, prepared: Prepared, guilty: Guilty) -> Con
     )
 
 
-def _negative(
-    prepared: Prepared, control: Exposed, name: str, candidates: ImageSet, members: frozenset[str]
-) -> ControlOutcome:
-    scores = split_scores(prepared.score(control, candidates), candidates, members)
+def _scored(prepared: Prepared, release: Exposed, pool: Pool) -> Scores:
+    return split_scores(prepared.score(release, pool.candidates), pool.candidates, pool.members)
+
+
+def _negative(prepared: Prepared, control: Exposed, name: str, pool: Pool) -> ControlOutcome:
+    scores = _scored(prepared, control, pool)
     found = statistics.auroc(scores.members, scores.others, confidence=CONTROL_CONFIDENCE)
     return ControlOutcome(
         name=f"negative: {name}",

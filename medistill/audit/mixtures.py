@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medistill.audit.attack import Floats
-from medistill.audit.copy_alarm import limit_of_gaps
+from medistill.audit.copy_alarm import limit_of_gaps, unit_rows
 from medistill.core.images import ImageSet, averaged
 
 _NEARLY_ONE = 1 - 1e-6
@@ -63,55 +63,73 @@ class MixtureSearch:
     firsts: int = 20
     usual: int = 200
 
-    def search(self, released: Tensor, pool: ImageSet, reference: Tensor) -> Mixtures:
-        """Search the released images.
+    def within(self, pool: ImageSet, reference: Tensor) -> MixturesWithin:
+        """Learn what pairs of strangers reach, to search for several releases.
 
         Args:
-            released: Shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``.
             pool: Images of all patients that could have been mixed, and of others.
             reference: Images of people outside the pool, shape ``(r, c, h, w)``.
         """
-        outside = self._flat(reference)
-        mean = outside.mean(0)
-        of_pool = _unit(self._flat(pool.images) - mean)
-        who, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
-        usual = [self._best(image, of_pool, of_image) for image in _unit(outside[: self.usual] - mean)]
-        found = [self._best(image, of_pool, of_image) for image in _unit(self._flat(released) - mean)]
-        pairs, reached, gaps = (np.array(part) for part in zip(*found, strict=True))
-        limit = limit_of_gaps(np.array([gap for _, _, gap in usual]), len(released))
-        return Mixtures(
-            patients=who[pairs],
-            correlation=reached,
-            gap=gaps,
-            mixed=gaps > limit,
-        )
+        return MixturesWithin(self, pool, reference)
 
-    def _flat(self, images: Tensor) -> Floats:
+    def flat(self, images: Tensor) -> Floats:
+        """Images as rows, shape ``(n, d)``."""
         flat: Floats = averaged(images, plane=self.side, solid=self.volume_side).flatten(1).double().numpy()
         return flat
 
-    def _best(
-        self, image: Floats, pool: Floats, of_image: NDArray[np.intp]
-    ) -> tuple[tuple[int, int], float, float]:
-        """The patients of the best pair, its correlation, and its gap to the best pair of two other patients."""
-        single = pool @ image
-        firsts = np.argsort(-np.abs(single))[: self.firsts]
-        between = pool[firsts] @ pool.T
-        squared = single[firsts][:, None] ** 2 + single[None] ** 2
-        squared -= 2 * single[firsts][:, None] * single[None] * between
-        explained = np.clip(squared / np.maximum(1 - between**2, 1e-3), 0.0, 1.0)
-        explained[of_image[firsts][:, None] == of_image[None]] = 0.0
-        first, second = np.unravel_index(int(explained.argmax()), explained.shape)
-        best = explained[first, second]
-        pair = (int(of_image[firsts[first]]), int(of_image[second]))
-        shared_first, shared_second = (np.isin(side, pair) for side in (of_image[firsts], of_image))
-        explained[shared_first] = 0.0
-        explained[:, shared_second] = 0.0
-        best, other = (float(np.sqrt(value)) for value in (best, explained.max()))
-        return pair, best, float(np.arctanh(min(best, _NEARLY_ONE)) - np.arctanh(min(other, _NEARLY_ONE)))
+
+class MixturesWithin:
+    """A pool of patients with what pairs of strangers reach in it.
+
+    Args:
+        settings: How images are compared.
+        pool: Images of all patients that could have been mixed, and of others.
+        reference: Images of people outside the pool, shape ``(r, c, h, w)``.
+    """
+
+    def __init__(self, settings: MixtureSearch, pool: ImageSet, reference: Tensor) -> None:
+        self._settings = settings
+        outside = settings.flat(reference)
+        self._mean = outside.mean(0)
+        self._pool = unit_rows(settings.flat(pool.images) - self._mean)
+        self._names, self._of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
+        strangers = unit_rows(outside[: settings.usual] - self._mean)
+        self._usual = np.array([self._best(image)[2] for image in strangers])
+
+    def search(self, released: Tensor) -> Mixtures:
+        """Search released images, shape ``(m, c, h, w)`` or ``(m, c, d, h, w)``."""
+        found = [self._best(image) for image in unit_rows(self._settings.flat(released) - self._mean)]
+        pairs, reached, gaps = (np.array(part) for part in zip(*found, strict=True))
+        limit = limit_of_gaps(self._usual, len(released))
+        return Mixtures(patients=self._names[pairs], correlation=reached, gap=gaps, mixed=gaps > limit)
+
+    def _best(self, image: Floats) -> tuple[tuple[int, int], float, float]:
+        return best_pair(image, self._pool, self._of_image, firsts=self._settings.firsts)
 
 
-def _unit(rows: Floats) -> Floats:
-    rows = rows - rows.mean(1, keepdims=True)
-    unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return unit
+def best_pair(
+    image: Floats, pool: Floats, of_image: NDArray[np.intp], *, firsts: int
+) -> tuple[tuple[int, int], float, float]:
+    """The patients of the best pair, its correlation, and its gap to the best pair of two other patients.
+
+    Args:
+        image: A row of length 1 and mean 0, shape ``(d,)``.
+        pool: Such rows, shape ``(n, d)``.
+        of_image: Number of each image's patient, shape ``(n,)``.
+        firsts: Nearest images that are tried as the first of a pair.
+    """
+    single = pool @ image
+    nearest = np.argsort(-np.abs(single))[:firsts]
+    between = pool[nearest] @ pool.T
+    squared = single[nearest][:, None] ** 2 + single[None] ** 2
+    squared -= 2 * single[nearest][:, None] * single[None] * between
+    explained = np.clip(squared / np.maximum(1 - between**2, 1e-3), 0.0, 1.0)
+    explained[of_image[nearest][:, None] == of_image[None]] = 0.0
+    first, second = np.unravel_index(int(explained.argmax()), explained.shape)
+    best = explained[first, second]
+    pair = (int(of_image[nearest[first]]), int(of_image[second]))
+    shared_first, shared_second = (np.isin(side, pair) for side in (of_image[nearest], of_image))
+    explained[shared_first] = 0.0
+    explained[:, shared_second] = 0.0
+    best, other = (float(np.sqrt(value)) for value in (best, explained.max()))
+    return pair, best, float(np.arctanh(min(best, _NEARLY_ONE)) - np.arctanh(min(other, _NEARLY_ONE)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from medistill.core.guarantee import PrivacyStatement
 from medistill.errors import ConfigError
@@ -20,13 +21,17 @@ THREATS = {
 }
 #: Attacks whose power is a matter of the data: where the positive control fails, the threat counts as not tested.
 UNCERTAIN = frozenset({"reidentification"})
-#: Shadow distillations of the full profile.
-FULL_SHADOWS = 128
-#: Attacks on membership of each profile; copies and mixtures are always searched for.
-PROFILES: dict[str, tuple[str, ...]] = {
-    "quick": ("calibrated_neighbour",),
-    "default": ("calibrated_neighbour", "tracing", "label_leakage", "shadow"),
-    "full": ("calibrated_neighbour", "tracing", "label_leakage", "shadow", "reidentification"),
+_DEFAULT: dict[str, dict[str, Any]] = {
+    "calibrated_neighbour": {},
+    "tracing": {},
+    "label_leakage": {},
+    "shadow": {},
+}
+#: Attacks on membership of each profile with their settings; copies and mixtures are always searched for.
+PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {"calibrated_neighbour": {}},
+    "default": _DEFAULT,
+    "full": {**_DEFAULT, "shadow": {"shadows": 128}, "reidentification": {}},
 }
 
 

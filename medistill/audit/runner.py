@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from medistill.audit.attack import Exposed, Guilty, MembershipAttack, Prepared
+from medistill.audit.control import control_curator
 from medistill.audit.copies import Copies, conclude_copies, measure_copies
 from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
 from medistill.audit.one_run import audit_one_run
-from medistill.audit.policy import FULL_SHADOWS, PROFILES, THREATS, UNCERTAIN, AuditPolicy
+from medistill.audit.policy import PROFILES, THREATS, UNCERTAIN, AuditPolicy
+from medistill.audit.pool import Pool, draw_pool
 from medistill.audit.replay import audit_replay
-from medistill.audit.shadow import Shadow
 from medistill.audit.statistics import holm
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
-from medistill.core.guarantee import EPSILON_RANGE, Budget, PrivacyStatement
-from medistill.core.images import ImageSet, joined
-from medistill.core.protocols import Curator
+from medistill.core.guarantee import PrivacyStatement
+from medistill.core.images import ImageSet
 from medistill.core.reports import AttackOutcome, AuditReport, Verdict
 from medistill.distill.private import plan_of
 from medistill.distill.runner import run_recipe
 from medistill.distill.start import random_images
 from medistill.errors import DataError
-from medistill.privacy.curator import OpenCurator, PrivateCurator
-from medistill.privacy.ledger import NAME, Ledger
 from medistill.progress import Progress
 from medistill.registry import ATTACKS
 from medistill.seeds import derive_seed
 
 _ORDER = (Verdict.INVALID, Verdict.FAIL, Verdict.NOT_ESTIMABLE, Verdict.PASS)
-_FEWEST = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pool:
-    """Who is attacked: members and holdout patients together, and everybody else by role."""
-
-    candidates: ImageSet
-    members: frozenset[str]
-    rest: ImageSet
-    train: ImageSet
-    holdout: ImageSet
-    reference: ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +84,18 @@ def audit(
         Reads non-released data. The result is a measurement for the data owner, never a guarantee.
     """
     means = _means(policy, seed, compute, progress)
-    pool = _draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
+    pool = draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     together = (distilled, *others)
     _check_alike([Exposed.of(one) for one in together], pool)
     means.progress.say("audit: distilling the negative control from patients who are not attacked")
     controls = []
     for one in together:
-        with _control_curator(one, pool.rest, seed, folder) as curator:
+        with control_curator(one, pool.rest, seed, folder) as curator:
             done = run_recipe(one.recipe, curator, folder=folder, compute=means.compute, progress=means.progress)
         controls.append(Exposed.of(done.distilled))
     return _attacked(
-        _held_together([Exposed.of(one) for one in together]),
-        _held_together(controls),
+        Exposed.together([Exposed.of(one) for one in together]),
+        Exposed.together(controls),
         control_name="distilled by the same recipe from other patients",
         pool=pool,
         means=means,
@@ -158,7 +139,7 @@ def audit_images(
         Reads non-released data. The result is a measurement for the data owner, never a guarantee.
     """
     means = _means(policy, seed, compute, progress)
-    pool = _draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
+    pool = draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     _check_alike([release], pool)
     smallest = int(pool.rest.targets.sum(0).min())
     ipc = max(1, min(smallest, len(release.images) // release.task.n_classes))
@@ -182,7 +163,7 @@ def _means(policy: AuditPolicy | None, seed: int, compute: Compute | None, progr
     )
 
 
-def _check_alike(releases: Sequence[Exposed], pool: _Pool) -> None:
+def _check_alike(releases: Sequence[Exposed], pool: Pool) -> None:
     shapes = {tuple(one.images.shape[1:]) for one in releases} | {tuple(pool.train.images.shape[1:])}
     tasks = {one.task for one in releases} | {pool.train.task}
     if len(shapes) > 1 or len(tasks) > 1:
@@ -192,19 +173,12 @@ def _check_alike(releases: Sequence[Exposed], pool: _Pool) -> None:
         )
 
 
-def _held_together(releases: Sequence[Exposed]) -> Exposed:
-    first, *others = releases
-    for other in others:
-        first = first.with_(other)
-    return first
-
-
 def _attacked(
     release: Exposed,
     control: Exposed,
     *,
     control_name: str,
-    pool: _Pool,
+    pool: Pool,
     means: _Means,
     claim: PrivacyStatement | None,
     proved: tuple[AttackOutcome, ...],
@@ -212,67 +186,64 @@ def _attacked(
     untested: tuple[str, ...],
 ) -> AuditReport:
     """All attacks of the profile; their p-values are corrected together before anything is concluded."""
-    names = PROFILES[means.policy.profile]
-    made = {name: _made(name, means.policy) for name in names}
-    measured, unable = [], []
-    for name in means.progress.track(names, "attacking"):
+    profile = PROFILES[means.policy.profile]
+    made: dict[str, MembershipAttack] = {
+        name: ATTACKS.load(name)(**settings) for name, settings in profile.items()
+    }
+    measured: list[Measured] = []
+    unable: dict[str, str] = {}
+    for name, attack in means.progress.track(made.items(), "attacking"):
         try:
-            ready = _ready(name, made[name], release, pool, means)
+            prepared, guilty = _ready(name, attack, release, pool, means)
         except DataError as error:
-            unable.append(f"{name.replace('_', ' ')}: {error}")
+            unable[name] = str(error)
             continue
-        found = _measured(name, made[name], ready, release, control, control_name, pool, means)
+        found = measure(
+            name,
+            attack,
+            prepared,
+            guilty,
+            release=release,
+            control=control,
+            control_name=control_name,
+            pool=pool,
+            policy=means.policy,
+            seed=means.seed,
+        )
         if name in UNCERTAIN and not found.controls[0].passed:
-            unable.append(_powerless(name, found))
+            unable[name] = _powerless(found)
         else:
             measured.append(found)
-    copies = measure_copies(
-        release,
-        control,
-        control_name=control_name,
-        train=pool.train,
-        candidates=pool.candidates,
-        members=pool.members,
-        holdout=pool.holdout,
-        reference=pool.reference,
-        seed=means.seed,
-    )
+    copies = measure_copies(release, control, control_name=control_name, pool=pool, seed=means.seed)
     outcomes = (*_concluded(measured, copies, pool, means, claim), *proved)
     refusals = means.policy.refusals(claim, len(pool.train.unique_patients))
     verdicts = [outcome.verdict for outcome in outcomes if not _informs_only(outcome)]
     verdicts += [Verdict.FAIL] if refusals else []
-    unable_names = {line.split(":")[0].replace(" ", "_") for line in unable}
-    tested = {attack.threat for name, attack in made.items() if name not in unable_names} | {"T5"}
+    tested = {attack.threat for name, attack in made.items() if name not in unable} | {"T5"}
     beside = {"T8"} if proved else {"T7", "T8"}  # without a claim there are no noisy answers
     tested |= {"T7"} if proved else set()
+    why = (f"{name.replace('_', ' ')}: {reason}" for name, reason in unable.items())
     return AuditReport(
         outcomes=outcomes,
         verdict=min(verdicts, key=_ORDER.index),
         threat_model=" ".join(THREATS[threat] for threat in sorted(tested)),
         members=len(pool.members),
         non_members=len(pool.holdout.unique_patients),
-        not_tested=(*unable, *untested, *(text for name, text in THREATS.items() if name not in tested | beside)),
+        not_tested=(*why, *untested, *(text for name, text in THREATS.items() if name not in tested | beside)),
         release=fingerprint,
         refusals=refusals,
     )
 
 
-def _powerless(name: str, found: Measured) -> str:
+def _powerless(found: Measured) -> str:
     return (
-        f"{name.replace('_', ' ')}: with these images nobody could be linked, not even to a release known to give "
+        "with these images nobody could be linked, not even to a release known to give "
         f"patients away ({found.controls[0].observed}; wanted: {found.controls[0].expected})"
     )
 
 
-def _made(name: str, policy: AuditPolicy) -> MembershipAttack:
-    attack: MembershipAttack = ATTACKS.load(name)()
-    if policy.profile == "full" and isinstance(attack, Shadow):
-        return replace(attack, shadows=FULL_SHADOWS)
-    return attack
-
-
 def _ready(
-    name: str, attack: MembershipAttack, release: Exposed, pool: _Pool, means: _Means
+    name: str, attack: MembershipAttack, release: Exposed, pool: Pool, means: _Means
 ) -> tuple[Prepared, Guilty]:
     """The attack after its preparation, and its positive control."""
     seed = derive_seed(means.seed, f"attack {name}")
@@ -288,33 +259,7 @@ def _ready(
     return prepared, attack.guilty(inside, pool.holdout, pool.reference, seed=seed)
 
 
-def _measured(
-    name: str,
-    attack: MembershipAttack,
-    ready: tuple[Prepared, Guilty],
-    release: Exposed,
-    control: Exposed,
-    control_name: str,
-    pool: _Pool,
-    means: _Means,
-) -> Measured:
-    prepared, guilty = ready
-    return measure(
-        name,
-        attack,
-        prepared,
-        release=release,
-        control=control,
-        control_name=control_name,
-        guilty=guilty,
-        candidates=pool.candidates,
-        members=pool.members,
-        policy=means.policy,
-        seed=means.seed,
-    )
-
-
-def _of_claim(distilled: DistilledSet, pool: _Pool, means: _Means) -> tuple[AttackOutcome, ...]:
+def _of_claim(distilled: DistilledSet, pool: Pool, means: _Means) -> tuple[AttackOutcome, ...]:
     """Attacks on the noisy answers themselves, where an epsilon is claimed.
 
     The full profile also distils twice, to see that nothing but the answers is used.
@@ -346,7 +291,7 @@ def _informs_only(outcome: AttackOutcome) -> bool:
 
 
 def _concluded(
-    measured: Sequence[Measured], copies: Copies, pool: _Pool, means: _Means, claim: PrivacyStatement | None
+    measured: Sequence[Measured], copies: Copies, pool: Pool, means: _Means, claim: PrivacyStatement | None
 ) -> tuple[AttackOutcome, ...]:
     corrected = holm([*(one.p_value for one in measured), copies.p_value])
     ceiling = None if claim is None or math.isinf(claim.epsilon) else auroc_ceiling(claim.epsilon, claim.delta)
@@ -362,63 +307,3 @@ def _concluded(
         for one, p_value in zip(measured, corrected, strict=False)
     ]
     return (*found, conclude_copies(copies, corrected=corrected[-1], alpha=means.policy.alpha))
-
-
-@contextlib.contextmanager
-def _control_curator(distilled: DistilledSet, rest: ImageSet, seed: int, folder: Path | None) -> Iterator[Curator]:
-    """Who answers for the negative control: with as much noise as for the release.
-
-    Of a private release nothing is spent: the control is compared here and thrown away, so its noise only has to
-    make it like the release, and protects nobody. Its ledger is thrown away with it; the cohort's is not touched.
-    """
-    if math.isinf(distilled.privacy.epsilon):
-        yield OpenCurator(rest)
-        return
-    plan = plan_of(distilled.recipe, rest.task, tuple(rest.images.shape[1:]))
-    budget = Budget(epsilon=max(distilled.privacy.epsilon, EPSILON_RANGE[0]), delta=distilled.privacy.delta)
-    work = hashlib.sha256(f"{distilled.fingerprint()} {seed}".encode()).hexdigest()[:12]
-    with tempfile.TemporaryDirectory() as throw_away:
-        where = (folder or Path(throw_away)) / f"control-{work}"
-        ledger = Ledger(where / NAME, lifetime=budget)
-        curator = PrivateCurator(rest, budget=budget, plan=plan, ledger=ledger, store=where / "sealed")
-        try:
-            yield curator
-        finally:
-            curator.close()
-
-
-def require_patients(**parts: ImageSet) -> None:
-    """Refuse parts that are too small for an audit, before hours are spent on what could not be audited.
-
-    Args:
-        parts: Images by split name.
-
-    Raises:
-        DataError: If a part has fewer than ten patients; says how many were found and needed.
-    """
-    problems = [
-        f"{name} has {len(part.unique_patients)}"
-        for name, part in parts.items()
-        if len(part.unique_patients) < _FEWEST
-    ]
-    if problems:
-        raise DataError(
-            f"An audit needs at least {_FEWEST} patients in each part; {', '.join(problems)}. "
-            "Ingest more patients or give the part a larger fraction."
-        )
-
-
-def _draw_pool(train: ImageSet, holdout: ImageSet, reference: ImageSet, seed: int) -> _Pool:
-    require_patients(train=train, holdout=holdout, validation=reference)
-    patients = train.unique_patients
-    count = min(len(holdout.unique_patients), len(patients) // 2)
-    order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = {patients[i] for i in order[:count]}
-    return _Pool(
-        candidates=joined(train.of_patients(chosen), holdout),
-        members=frozenset(chosen),
-        rest=train.of_patients(set(patients) - chosen),
-        train=train,
-        holdout=holdout,
-        reference=reference,
-    )

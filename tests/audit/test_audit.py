@@ -15,8 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from medistill.audit import AuditPolicy, Exposed, audit, audit_images, membership, runner
 from medistill.audit.calibrated_neighbour import Calibrated, CalibratedNeighbour, nearest_distance
-from medistill.audit.copy_alarm import CopyAlarm, limit_of_gaps, source_lift
-from medistill.audit.mixtures import MixtureSearch, _unit
+from medistill.audit.copy_alarm import CopiesWithin, CopyAlarm, limit_of_gaps, source_lift, unit_rows
+from medistill.audit.mixtures import MixtureSearch, best_pair
+from medistill.audit.pool import draw_pool
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
 from medistill.core.images import ImageSet
@@ -160,20 +161,20 @@ def test_a_broken_attack_is_invalid_because_its_positive_control_fails(
 
 
 def test_a_blind_copy_alarm_is_invalid(from_noise: DistilledSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = CopyAlarm.search
+    search = CopiesWithin.search
 
-    def blind(self: CopyAlarm, released: torch.Tensor, pool: ImageSet, reference: torch.Tensor) -> object:
-        found = search(self, released, pool, reference)
+    def blind(self: CopiesWithin, released: torch.Tensor) -> object:
+        found = search(self, released)
         return replace(found, copies=np.zeros(len(released), dtype=bool))
 
-    monkeypatch.setattr(CopyAlarm, "search", blind)
+    monkeypatch.setattr(CopiesWithin, "search", blind)
     report = examined(from_noise)
     assert report.verdict is outcome(report, "copy_alarm").verdict is Verdict.INVALID
     assert not outcome(report, "copy_alarm").controls[0].passed
 
 
 def test_a_leaking_negative_control_is_invalid(from_noise: DistilledSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = runner._draw_pool(TRAIN, HOLDOUT, REFERENCE, runner.derive_seed(5, "candidates"))
+    pool = draw_pool(TRAIN, HOLDOUT, REFERENCE, runner.derive_seed(5, "candidates"))
     attacked = pool.candidates.of_patients(pool.members)
 
     def leak(*_: object, **__: object) -> Distillation:
@@ -200,7 +201,7 @@ def test_the_negative_control_never_sees_an_attacked_patient(
 
     monkeypatch.setattr(runner, "run_recipe", watch)
     examined(from_noise)
-    pool = runner._draw_pool(TRAIN, HOLDOUT, REFERENCE, runner.derive_seed(5, "candidates"))
+    pool = draw_pool(TRAIN, HOLDOUT, REFERENCE, runner.derive_seed(5, "candidates"))
     assert set(seen[0].patients) == set(TRAIN.patients) - pool.members
     assert not set(seen[0].patients) & set(HOLDOUT.patients)
 
@@ -272,14 +273,14 @@ def test_copy_alarm_sees_through_noise_and_names_the_patient() -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = TRAIN.select(range(0, 40, 4))
     disguised = (chosen.images + 0.04 * torch.randn(chosen.images.shape, generator=generator)).clamp(0, 1)
-    found = CopyAlarm().search(disguised, TRAIN, REFERENCE.images)
+    found = CopyAlarm().within(TRAIN, REFERENCE.images).search(disguised)
     assert found.copies.all()
     assert found.patients == chosen.patients
 
 
 def test_copy_alarm_sees_through_brightness_and_contrast() -> None:
     chosen = TRAIN.select(range(0, 40, 4))
-    found = CopyAlarm().search((0.2 + 0.5 * chosen.images), TRAIN, REFERENCE.images)
+    found = CopyAlarm().within(TRAIN, REFERENCE.images).search(0.2 + 0.5 * chosen.images)
     assert found.copies.all()
     assert found.correlation == pytest.approx(np.ones(10), abs=1e-6)
 
@@ -289,7 +290,7 @@ def test_copy_alarm_ignores_images_of_nobody() -> None:
     noise = torch.rand((20, 1, 16, 16), generator=generator)
     strangers = blobs(20, seed=21, first=9000).images
     for unrelated in (noise, strangers):
-        assert CopyAlarm().search(unrelated, TRAIN, REFERENCE.images).copies.mean() <= 0.05
+        assert CopyAlarm().within(TRAIN, REFERENCE.images).search(unrelated).copies.mean() <= 0.05
 
 
 def test_the_limit_of_gaps_is_passed_by_strangers_once_in_a_hundred_searches() -> None:
@@ -305,7 +306,7 @@ def test_the_limit_of_gaps_is_passed_by_strangers_once_in_a_hundred_searches() -
 def test_copy_alarm_works_on_images_reduced_in_size() -> None:
     wide = blobs(30, size=48, seed=31)
     reference = blobs(20, size=48, seed=32, first=500).images
-    found = CopyAlarm(side=24).search(wide.images[:6], wide, reference)
+    found = CopyAlarm(side=24).within(wide, reference).search(wide.images[:6])
     assert found.copies.all()
     assert found.patients == wide.patients[:6]
 
@@ -363,7 +364,7 @@ def test_a_leak_is_never_called_none(
 
 def test_mixtures_of_two_members_are_found() -> None:
     mixed = (TRAIN.images[:40:4] + TRAIN.images[2:42:4]) / 2
-    found = MixtureSearch().search(mixed, TRAIN, REFERENCE.images)
+    found = MixtureSearch().within(TRAIN, REFERENCE.images).search(mixed)
     wanted = [{TRAIN.patients[i], TRAIN.patients[i + 2]} for i in range(0, 40, 4)]
     assert found.mixed.all()
     assert [set(pair) for pair in found.patients.tolist()] == wanted
@@ -372,14 +373,14 @@ def test_mixtures_of_two_members_are_found() -> None:
 
 def test_images_of_strangers_are_no_mixtures() -> None:
     strangers = blobs(20, seed=21, first=9000).images
-    assert MixtureSearch().search(strangers, TRAIN, REFERENCE.images).mixed.mean() <= 0.05
+    assert MixtureSearch().within(TRAIN, REFERENCE.images).search(strangers).mixed.mean() <= 0.05
 
 
 def test_the_correlation_with_a_pair_is_that_of_least_squares() -> None:
     generator = np.random.default_rng(0)
     image, first, second = generator.normal(size=(3, 40))
     pair = np.stack([first, second])
-    _, reached, _ = MixtureSearch()._best(_unit(image[None])[0], _unit(pair), np.arange(2))
+    _, reached, _ = best_pair(unit_rows(image[None])[0], unit_rows(pair), np.arange(2), firsts=20)
     centred = np.column_stack([row - row.mean() for row in pair])
     fitted = centred @ np.linalg.lstsq(centred, image - image.mean(), rcond=None)[0]
     assert reached == pytest.approx(np.corrcoef(fitted, image)[0, 1])

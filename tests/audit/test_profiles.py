@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medistill.audit import AuditPolicy, audit, runner
+from medistill.audit import AuditPolicy, audit
 from medistill.audit.attack import MembershipAttack
 from medistill.audit.label_leakage import LabelLeakage
 from medistill.audit.policy import PROFILES, THREATS, UNCERTAIN
-from medistill.audit.reidentification import Reidentification
 from medistill.audit.shadow import Shadow
 from medistill.audit.shadow_distillation import ShadowDistillation
 from medistill.audit.students import RandomNetworks
@@ -23,7 +22,7 @@ from medistill.distill.surrogate import Surrogate
 from medistill.errors import ConfigError, GateError
 from medistill.privacy import OpenCurator, PrivateCurator
 from medistill.privacy.ledger import Ledger
-from medistill.registry import ATTACKS
+from medistill.registry import ATTACKS, Registry
 from medistill.release.gate import check_gate
 from medistill.report.wording import warnings_of
 from tests.conftest import REPOSITORY, blobs
@@ -45,8 +44,12 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def _small_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = runner._made
-    monkeypatch.setattr(runner, "_made", lambda name, policy: SMALL.get(name) or made(name, policy))
+    load = Registry.load
+
+    def small(self: Registry, name: str) -> object:
+        return (lambda **_: SMALL[name]) if name in SMALL else load(self, name)
+
+    monkeypatch.setattr(Registry, "load", small)
 
 
 def examined(profile: str = "default", **changes: object) -> AuditReport:
@@ -56,7 +59,7 @@ def examined(profile: str = "default", **changes: object) -> AuditReport:
 
 @pytest.mark.parametrize("name", sorted({name for names in PROFILES.values() for name in names}))
 def test_an_attack_says_what_it_asks_and_what_it_must_catch(name: str) -> None:
-    attack: MembershipAttack = ATTACKS.load(name)()
+    attack: MembershipAttack = ATTACKS.load(name)(**PROFILES["full"][name])
     assert attack.threat in THREATS
     assert attack.question.endswith("?")
     assert attack.guilty_of
@@ -75,8 +78,8 @@ def test_the_default_profile_makes_every_attack_beside_its_controls() -> None:
 
 def test_an_attack_the_data_give_no_power_to_is_named_as_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reidentification" in UNCERTAIN
-    monkeypatch.setitem(PROFILES, "quick", ("calibrated_neighbour", "reidentification"))
-    monkeypatch.setitem(SMALL, "reidentification", Reidentification(by="pixels", fewest=500))
+    few = {"by": "pixels", "fewest": 500}
+    monkeypatch.setitem(PROFILES, "quick", {"calibrated_neighbour": {}, "reidentification": few})
     report = examined("quick")
     assert [outcome.attack for outcome in report.outcomes] == ["calibrated_neighbour", "copy_alarm"]
     (why,) = (text for text in report.not_tested if text.startswith("reidentification"))

@@ -105,9 +105,9 @@ def test_a_copy_in_a_tile_is_found() -> None:
     data, others = blobs(patients=40, size=32), blobs(patients=40, size=32, seed=5, first=100)
     mosaic = mosaics(data.images[:8:2], 2)
     views = ViewLabels(boxes=tile_boxes(2, 2)[:, None], soft_labels=torch.full((4, 1, 2), 0.5), temperature=1.0)
-    search = CopyAlarm().search
-    whole = search(mosaic, data, others.images)
-    seen = search(pictures(mosaic, views), data, others.images)
+    search = CopyAlarm().within(data, others.images).search
+    whole = search(mosaic)
+    seen = search(pictures(mosaic, views))
     assert whole.correlation.max() < seen.correlation.min()
     assert list(seen.patients) == list(data.patients[:8:2])
 
