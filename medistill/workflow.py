@@ -314,8 +314,9 @@ class _Run:
 
     def audit(self) -> None:
         train, holdout, reference = map(self.images, (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION))
+        distilled = self.distilled()
         report = audit(
-            self.distilled(),
+            distilled,
             train=train,
             holdout=holdout,
             reference=reference,
@@ -328,8 +329,8 @@ class _Run:
         write_audit(
             self.folder,
             report,
-            Exposed.of(self.distilled()),
-            statement=self.distilled().privacy,
+            Exposed.of(distilled),
+            statement=distilled.privacy,
             train=train,
             holdout=holdout,
             reference=reference,

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from medistill import MedistillError, Split, TerminalProgress, Verdict, __version__, load_cohort
-from medistill.audit import AuditPolicy, audit_images, read_pictures, write_audit
+from medistill.audit import AuditPolicy, audit_images, outcome_lines, read_pictures, write_audit
 
 
 def main(
@@ -57,10 +57,8 @@ def audit_existing(
     report = audit_images(release, **parts, policy=policy, seed=seed, progress=TerminalProgress())
     out.mkdir(parents=True, exist_ok=True)
     write_audit(out, report, release, statement=None, **parts, version=__version__)
-    for outcome in report.outcomes:
-        print(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
-        for control in outcome.controls:
-            print(f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}")
+    for line in outcome_lines(report):
+        print(line)
     print(f"Page for the data protection officer (stays inside): {out / 'audit.html'}")
     print(f"Verdict: {report.verdict.value}")
     return report.verdict

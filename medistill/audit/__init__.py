@@ -3,7 +3,7 @@
 from medistill.audit.attack import Exposed
 from medistill.audit.policy import AuditPolicy
 from medistill.audit.pool import require_patients
-from medistill.audit.record import read_pictures, write_audit
+from medistill.audit.record import outcome_lines, read_pictures, write_audit
 from medistill.audit.runner import audit, audit_images
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Exposed",
     "audit",
     "audit_images",
+    "outcome_lines",
     "read_pictures",
     "require_patients",
     "write_audit",

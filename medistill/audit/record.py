@@ -57,6 +57,18 @@ def write_audit(
             replace_durably(folder / name, text.encode())
 
 
+def outcome_lines(report: AuditReport) -> tuple[str, ...]:
+    """What every attack found, and how its controls ended, as lines for a terminal."""
+    lines = []
+    for outcome in report.outcomes:
+        lines.append(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
+        lines += [
+            f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}"
+            for control in outcome.controls
+        ]
+    return tuple(lines)
+
+
 def read_pictures(folder: Path, table: Path, *, task: Task, image_shape: tuple[int, ...]) -> Exposed:
     """Images that somebody else made, as a release.
 

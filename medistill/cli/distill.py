@@ -147,7 +147,7 @@ def audit(
     Example: `medistill audit run --cohort cohort --policy configs/policy.yaml`
     """
     from medistill import __version__
-    from medistill.audit import Exposed, write_audit
+    from medistill.audit import Exposed, outcome_lines, write_audit
     from medistill.audit import audit as attack
     from medistill.core.compute import Compute
     from medistill.core.reports import Verdict
@@ -184,10 +184,8 @@ def audit(
         version=__version__,
     )
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for outcome in report.outcomes:
-        typer.echo(f"{outcome.attack}: {outcome.verdict.value}. {outcome.summary}")
-        for control in outcome.controls:
-            typer.echo(f"  {'ok    ' if control.passed else 'FAILED'} {control.name}: {control.observed}")
+    for line in outcome_lines(report):
+        typer.echo(line)
     for threat in report.not_tested:
         typer.echo(f"Not tested: {threat}")
     for refusal in report.refusals:
@@ -311,8 +309,7 @@ def compare(
     for row in rows:
         found = "  ".join(f"{arm} {estimate}" for arm, estimate in row.auroc.items()) or "not evaluated"
         epsilon = "nothing proved" if row.epsilon == float("inf") else f"epsilon {row.epsilon:.3g}"
-        audited = row.verdict or "not audited"
-        typer.echo(f"{row.name:<{width}}  {row.images} images  {epsilon}  {audited}  {found}")
+        typer.echo(f"{row.name:<{width}}  {row.images} images  {epsilon}  {row.audited}  {found}")
     for warning in warnings_of_runs(rows):
         typer.echo(f"Note: {warning}")
     typer.echo(f"Page: {out}")

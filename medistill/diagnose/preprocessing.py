@@ -14,11 +14,12 @@ from torch import Tensor
 from medistill.core.images import resized
 from medistill.errors import ConfigError, DataError
 from medistill.ingest import IngestConfig
+from medistill.release.preprocessing import SETTINGS
 
 _VOLUME_AXES = 4
 _COLOURS = 3
 _WHITE = 65535.0
-_SETTINGS = ("volumes", "fit", "intensity", "colour", "burned_in")
+_BUT_SIZE = tuple(name for name in SETTINGS if name != "size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Preprocessing:
         if type(self.stored) is not int or not all(isinstance(value, str) for value in values):
             raise DataError("Expected the preprocessing as text and a whole number; found another type.")
         try:
-            IngestConfig(size=self.stored, **{name: getattr(self, name) for name in _SETTINGS})
+            IngestConfig(size=self.stored, **{name: getattr(self, name) for name in _BUT_SIZE})
         except ConfigError as error:
             raise DataError(f"The preprocessing is not one this medistill knows. {error}") from error
         cubes, channels = self.volumes == "cubes", 3 if self.colour == "rgb" else 1
@@ -89,10 +90,10 @@ class Preprocessing:
             "colour": "rgb" if colour else "grey",
             "stored": max(IngestConfig().size, image_shape[-1]),
         }
-        values |= {name: given[name] for name in _SETTINGS if name in given}
+        values |= {name: given[name] for name in _BUT_SIZE if name in given}
         if "size" in given:
             values["stored"] = given["size"]
-        stated = {"size", *_SETTINGS} <= given.keys()
+        stated = set(SETTINGS) <= given.keys()
         return cls(image_shape=tuple(image_shape), stated=stated, **values)
 
     @classmethod

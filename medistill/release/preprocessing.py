@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-_SETTINGS = ("size", "fit", "intensity", "colour", "volumes", "burned_in")
+#: Settings of ingestion that shape pixels.
+SETTINGS = ("size", "fit", "intensity", "colour", "volumes", "burned_in")
 _RESIZING = "triangle filter along every axis, widened where the axis shrinks; then clamped to 0 and 1"
 _FITS = {
     "pad": "its shape kept, with black borders",
@@ -38,7 +39,7 @@ def preprocessing(images: Tensor, profile: Mapping[str, Any] | None) -> dict[str
     """
     cohort = cohort_settings(profile or {})
     values = {
-        "stated": cohort.keys() == set(_SETTINGS),
+        "stated": cohort.keys() == set(SETTINGS),
         "cohort": cohort,
         "shape": list(images.shape[1:]),
         "range": [0, 1],
@@ -51,7 +52,7 @@ def preprocessing(images: Tensor, profile: Mapping[str, Any] | None) -> dict[str
 def cohort_settings(profile: Mapping[str, Any]) -> dict[str, Any]:
     """Of a cohort's profile, or of its settings alone, what :func:`preprocessing` needs."""
     settings = profile.get("config", profile)
-    return {name: settings[name] for name in _SETTINGS if name in settings}
+    return {name: settings[name] for name in SETTINGS if name in settings}
 
 
 def _sentence(values: Mapping[str, Any]) -> str:

@@ -13,14 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from medistill.core.guarantee import PrivacyStatement
-from medistill.core.reports import AttackOutcome, AuditReport, Verdict
+from medistill.core.reports import AttackOutcome, AuditReport
 from medistill.report import wording
 from medistill.report.chart import colour
-from medistill.report.png import data_uri, encode, picture
+from medistill.report.png import picture_source
 from medistill.report.roc import roc_chart
 from medistill.report.templates import markup, style, template
-
-_KINDS = {Verdict.PASS: "good", Verdict.FAIL: "bad", Verdict.INVALID: "bad", Verdict.NOT_ESTIMABLE: "unsure"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ def render_audit(
         name=wording.one_line(name),
         style=style("page.css", "chart.css"),
         verdict=audit.verdict.value.replace("_", " "),
-        kind=_KINDS[audit.verdict],
+        kind=wording.mark(audit.verdict),
         wording=wording.VERDICTS[audit.verdict],
         refusals=audit.refusals,
         proved=None if statement is None or math.isinf(statement.epsilon) else statement,
@@ -79,8 +77,8 @@ def render_audit(
         non_members=audit.non_members,
         threat_model=audit.threat_model,
         attacks=[_attack(outcome) for outcome in audit.outcomes],
-        curves=markup(roc_chart({_words(one.attack): one.roc for one in with_curves})),
-        legend=[(colour(number), _words(one.attack)) for number, one in enumerate(with_curves)],
+        curves=markup(roc_chart({wording.words(one.attack): one.roc for one in with_curves})),
+        legend=[(colour(number), wording.words(one.attack)) for number, one in enumerate(with_curves)],
         pairs=[_pair(number, pair) for number, pair in enumerate(pairs, start=1)],
         not_tested=audit.not_tested,
         release=audit.release,
@@ -91,11 +89,11 @@ def render_audit(
 def _attack(outcome: AttackOutcome) -> dict[str, Any]:
     limit = outcome.minimum_detectable_auroc
     return {
-        "name": _words(outcome.attack),
+        "name": wording.words(outcome.attack),
         "question": outcome.question,
         "summary": outcome.summary,
         "verdict": outcome.verdict.value.replace("_", " "),
-        "kind": _KINDS[outcome.verdict],
+        "kind": wording.mark(outcome.verdict),
         "auroc": wording.interval(outcome.auroc) if outcome.auroc else "–",
         "limit": wording.number(limit) if limit is not None and math.isfinite(limit) else "–",
         "p_value": wording.p_value(outcome.p_value),
@@ -103,7 +101,7 @@ def _attack(outcome: AttackOutcome) -> dict[str, Any]:
             (fpr, "not estimable" if rate is None else wording.interval(rate))
             for fpr, rate in outcome.tpr_at_fpr.items()
         ],
-        "findings": [(_words(key), f"{value:g}") for key, value in outcome.findings.items()],
+        "findings": [(wording.words(key), f"{value:g}") for key, value in outcome.findings.items()],
         "controls": outcome.controls,
     }
 
@@ -111,17 +109,9 @@ def _attack(outcome: AttackOutcome) -> dict[str, Any]:
 def _pair(number: int, pair: ClosePair) -> dict[str, Any]:
     return {
         "number": number,
-        "released": _source(pair.released),
-        "member": _source(pair.member),
-        "other": _source(pair.other),
+        "released": picture_source(pair.released),
+        "member": picture_source(pair.member),
+        "other": picture_source(pair.other),
         "with_member": f"{pair.with_member:.2f}",
         "with_other": f"{pair.with_other:.2f}",
     }
-
-
-def _source(image: Tensor) -> str:
-    return data_uri(encode(picture(image)))
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -27,7 +27,7 @@ from medistill.report.disclosure import (
     public_commands,
 )
 from medistill.report.plots import Axis, Track, auroc_axis, full_axis, track
-from medistill.report.png import MIDDLE_SLICES, data_uri, encode, picture
+from medistill.report.png import MIDDLE_SLICES, picture_source
 from medistill.report.templates import style, template
 from medistill.report.wording import three_lines
 
@@ -115,22 +115,12 @@ def _badges(distilled: DistilledSet, audit: AuditReport | None) -> list[dict[str
     return [
         {"kind": "proved" if proved else "bad", "label": "Guarantee", "value": guarantee, "symbol": ""},
         {
-            "kind": _kind(verdict),
+            "kind": wording.mark(verdict),
             "label": "Audit",
             "value": wording.NOT_AUDITED if verdict is None else verdict.value.replace("_", " "),
             "symbol": "–" if verdict is None else _SYMBOLS[verdict],
         },
     ]
-
-
-def _kind(verdict: Verdict | None) -> str:
-    if verdict is Verdict.PASS:
-        return "good"
-    return "bad" if verdict in (Verdict.FAIL, Verdict.INVALID) else "unsure"
-
-
-def _source(image: Tensor) -> str:
-    return data_uri(encode(picture(image)))
 
 
 def _classes(distilled: DistilledSet) -> list[dict[str, Any]]:
@@ -162,7 +152,7 @@ def _picture(distilled: DistilledSet, index: int) -> dict[str, Any]:
     what = "volume" if distilled.images.ndim == _VOLUME_AXES else "image"
     return {
         "number": index + 1,
-        "source": _source(distilled.images[index]),
+        "source": picture_source(distilled.images[index]),
         "alt": f"Distilled {what} {index + 1} of {len(distilled)}, made for {names[own]}; soft label {spoken}",
         "bars": [
             {"name": names[c], "share": f"{shares[c]:.2f}", "width": f"{100 * shares[c]:.1f}", "own": c == own}
@@ -188,7 +178,7 @@ def _stages(distilled: DistilledSet, snapshots: Mapping[str, Tensor] | None) -> 
             "name": stage.replace("_", " "),
             "pictures": [
                 {
-                    "source": _source(images[i]),
+                    "source": picture_source(images[i]),
                     "alt": f"Image {i + 1}, made for {names[labels[i]]}, at stage {stage.replace('_', ' ')}",
                 }
                 for i in shown
@@ -251,7 +241,7 @@ def _audit(audit: AuditReport, staged: bool) -> dict[str, Any]:
         )
     return {
         "verdict": audit.verdict.value.replace("_", " "),
-        "kind": _kind(audit.verdict),
+        "kind": wording.mark(audit.verdict),
         "wording": wording.VERDICTS[audit.verdict],
         "threat_model": audit.threat_model,
         "members": wording.at_least(audit.members),
@@ -278,7 +268,7 @@ def _attack(outcome: AttackOutcome) -> dict[str, Any]:
         "question": outcome.question,
         "summary": outcome.summary,
         "verdict": outcome.verdict.value.replace("_", " "),
-        "kind": _kind(outcome.verdict),
+        "kind": wording.mark(outcome.verdict),
         "symbol": _SYMBOLS[outcome.verdict],
         "figures": figures,
         "auroc": figures[_AUROC],

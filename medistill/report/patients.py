@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from medistill.core.distilled import DistilledSet
 from medistill.core.reports import DiagnosticReport
 from medistill.report.plots import full_axis, track
-from medistill.report.png import data_uri, encode, picture
+from medistill.report.png import picture_source
 from medistill.report.templates import template
 
 
@@ -46,5 +46,5 @@ def _figures(made: DistilledSet) -> list[tuple[str, str]]:
     figures = []
     for image, label, soft in zip(made.images, made.hard_labels.tolist(), made.soft_labels.tolist(), strict=True):
         shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, soft, strict=True))
-        figures.append((data_uri(encode(picture(image))), f"made for {names[label]}: {shares}"))
+        figures.append((picture_source(image), f"made for {names[label]}: {shares}"))
     return figures

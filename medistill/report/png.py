@@ -66,3 +66,8 @@ def encode(drawn: Image) -> bytes:
 def data_uri(png: bytes) -> str:
     """PNG bytes as a ``data:`` address, so that a page needs no second file."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def picture_source(image: Tensor) -> str:
+    """An image of a release as the source of an ``<img>``, see :func:`picture`."""
+    return data_uri(encode(picture(image)))

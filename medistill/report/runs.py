@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medistill.core.distilled import DistilledSet
-from medistill.core.reports import ArmResult, AuditReport, DiagnosticReport, Estimate
+from medistill.core.reports import ArmResult, AuditReport, DiagnosticReport, Estimate, Verdict
 from medistill.errors import DataError
 from medistill.report.chart import Point, Series, chart, colour
 from medistill.report.templates import markup, style, template
+from medistill.report.wording import mark, words
 
 ARMS = ("real", "random", "distilled", "distilled_hard")
-_BADGES = {"PASS": "good", "FAIL": "bad", "INVALID": "bad", "NOT ESTIMABLE": "unsure"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class RunRow:
         images: Number of released images.
         side: Their side length.
         epsilon: What is proved; infinite for nothing.
-        verdict: Of its audit; empty where none was made.
+        verdict: Of its audit; ``None`` where none was made.
         network: First network that was evaluated.
         split: Patients that it was evaluated on.
         auroc: Arm to AUROC.
@@ -39,7 +39,7 @@ class RunRow:
     images: int
     side: int
     epsilon: float
-    verdict: str
+    verdict: Verdict | None
     network: str
     split: str
     auroc: dict[str, Estimate]
@@ -47,7 +47,12 @@ class RunRow:
     @property
     def kind(self) -> str:
         """Style of the verdict's mark."""
-        return _BADGES.get(self.verdict, "unsure")
+        return mark(self.verdict)
+
+    @property
+    def audited(self) -> str:
+        """The verdict in words."""
+        return words(self.verdict.value) if self.verdict else "not audited"
 
 
 def run_row(
@@ -76,7 +81,7 @@ def run_row(
         images=len(distilled),
         side=int(distilled.images.shape[-1]),
         epsilon=distilled.privacy.epsilon,
-        verdict="" if audit is None else audit.verdict.value.replace("_", " "),
+        verdict=None if audit is None else audit.verdict,
         network="" if first is None else first.network,
         split="" if first is None else first.split,
         auroc={arm.arm: arm.metrics["auroc"] for arm in chosen},
@@ -101,7 +106,7 @@ def render_runs(rows: Sequence[RunRow], *, title: str = "Runs side by side") -> 
     arms = [arm for arm in ARMS if any(arm in row.auroc for row in rows)]
     series = [
         Series(
-            name=arm.replace("_", " "),
+            name=words(arm),
             points=tuple(
                 Point(x=float(i), y=found.value, low=found.low, high=found.high)
                 for i, row in enumerate(rows)
@@ -122,7 +127,7 @@ def render_runs(rows: Sequence[RunRow], *, title: str = "Runs side by side") -> 
         rows=rows,
         arms=arms,
         chart=markup(drawn),
-        legend=[(colour(i), arm.replace("_", " ")) for i, arm in enumerate(arms)],
+        legend=[(colour(i), words(arm)) for i, arm in enumerate(arms)],
         warnings=warnings_of_runs(rows),
         infinite=math.inf,
     )

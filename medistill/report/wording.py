@@ -130,7 +130,7 @@ def guarantee_meaning(privacy: PrivacyStatement) -> str:
 
 def method(recipe: Recipe) -> str:
     """The distillers in order, in words."""
-    return ", then ".join(_words(step.distiller) for step in recipe.steps)
+    return ", then ".join(words(step.distiller) for step in recipe.steps)
 
 
 def what_it_is(distilled: DistilledSet) -> str:
@@ -194,15 +194,23 @@ def _diagnosis_clause(diagnosis: DiagnosticReport | None) -> str:
     released, real = headline(diagnosis, "distilled"), headline(diagnosis, "real")
     if released is None:
         return "how well a model trained on it diagnoses was not measured"
-    reached, patients = interval(released.metrics["auroc"]), _words(released.split)
+    reached, patients = interval(released.metrics["auroc"]), words(released.split)
     clause = f"a model trained on it reaches AUROC {reached} on {patients} patients"
     if real is not None:
         clause += f", against {interval(real.metrics['auroc'])} with all real images"
     return clause
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A name of ours as words on one line."""
     return one_line(name).replace("_", " ")
+
+
+def mark(verdict: Verdict | None) -> str:
+    """Style of a verdict's mark on a page: ``good``, ``bad`` or ``unsure``."""
+    if verdict is Verdict.PASS:
+        return "good"
+    return "bad" if verdict in (Verdict.FAIL, Verdict.INVALID) else "unsure"
 
 
 def at_least(count: int) -> str:
@@ -278,7 +286,7 @@ def _audit_warnings(audit: AuditReport | None) -> tuple[Warned, ...]:
     if audit.verdict is Verdict.PASS:
         return ()
     causes = [
-        f"{_words(outcome.attack)}: {_cause(outcome)}"
+        f"{words(outcome.attack)}: {_cause(outcome)}"
         for outcome in audit.outcomes
         if outcome.verdict is audit.verdict
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from medistill.audit.attack import Exposed, Floats, MembershipAttack
+from medistill.audit.attack import Exposed, MembershipAttack
 from medistill.audit.label_leakage import LabelLeakage, PreparedLabelLeakage, dominated
-from medistill.audit.statistics import auroc
 from medistill.audit.students import RandomNetworks, RidgeStudents, halves, log_odds
 from medistill.core.compute import Compute
 from medistill.core.images import ImageSet, joined
-from medistill.core.reports import Estimate
-from medistill.core.task import Task
 from medistill.errors import ConfigError, DataError
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.objectives import probabilities
+from tests.audit.kinds import KINDS, of_kind, told_apart
 from tests.conftest import blobs
 
 MEMBERS = blobs(60, seed=1, first=0)
@@ -38,31 +37,12 @@ def prepared(
     return attack.prepare(candidates, reference, ipc=1, seed=7, compute=Compute(), progress=Progress())
 
 
-def found(scores: Floats, candidates: ImageSet, members: frozenset[str]) -> Estimate:
-    inside = np.array([patient in members for patient in candidates.unique_patients])
-    return auroc(scores[inside], scores[~inside])
-
-
-def multilabel(patients: int, *, seed: int, first: int) -> ImageSet:
-    """Three findings, present or not by a coin each."""
-    plain = blobs(patients, classes=3, seed=seed, first=first)
-    coins = torch.rand(len(plain), 3, generator=torch.Generator().manual_seed(seed)) < 0.5
-    return replace(plain, targets=coins.float(), task=Task.multilabel(("a", "b", "c")))
-
-
-def volumes(patients: int, *, seed: int, first: int) -> ImageSet:
-    flat = blobs(patients, size=8, seed=seed, first=first)
-    deep = flat.images[:, :, None].expand(-1, -1, 8, -1, -1)
-    noisy = deep + 0.1 * torch.randn(deep.shape, generator=torch.Generator().manual_seed(seed))
-    return replace(flat, images=noisy.clamp(0, 1))
-
-
 # -- controls ---------------------------------------------------------------------------------------------------
 
 
 def test_a_memorising_teachers_labels_give_its_patients_away() -> None:
     guilty = QUICK.guilty(MEMBERS, OTHERS, REFERENCE, seed=5)
-    caught = found(
+    caught = told_apart(
         prepared(joined(MEMBERS, OTHERS)).score(guilty.release, guilty.candidates),
         guilty.candidates,
         guilty.members,
@@ -77,7 +57,7 @@ def test_it_is_the_labels_that_give_them_away() -> None:
     order = torch.randperm(len(guilty.release.images), generator=torch.Generator().manual_seed(0))
     harmless = replace(guilty.release, soft_labels=guilty.release.soft_labels[order])
     ours = prepared(guilty.candidates)
-    nothing = found(ours.score(harmless, guilty.candidates), guilty.candidates, guilty.members)
+    nothing = told_apart(ours.score(harmless, guilty.candidates), guilty.candidates, guilty.members)
     assert nothing.low < 0.5 < nothing.high
     members = MEMBERS.images.flatten(1)
     to_members = torch.cdist(guilty.release.images.flatten(1), members).min()
@@ -88,7 +68,7 @@ def test_it_is_the_labels_that_give_them_away() -> None:
 def test_a_release_of_other_patients_gives_nobody_away() -> None:
     release = Exposed.of_images(blobs(40, seed=4, first=3000))
     candidates = joined(MEMBERS, OTHERS)
-    nobody = found(prepared(candidates).score(release, candidates), candidates, frozenset(MEMBERS.patients))
+    nobody = told_apart(prepared(candidates).score(release, candidates), candidates, frozenset(MEMBERS.patients))
     assert nobody.low < 0.5 < nobody.high
 
 
@@ -123,7 +103,7 @@ def test_the_share_of_dominated_images_is_that_of_a_naive_loop(gamma: float) -> 
 
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
 def test_the_score_is_that_of_naive_loops(kind: str) -> None:
-    make = multilabel if kind == "multilabel" else blobs
+    make = partial(of_kind, kind) if kind == "multilabel" else blobs
     reference, candidates = make(8, seed=3, first=2000), make(5, seed=1, first=0)
     public = make(6, seed=4, first=3000)
     soft = 0.1 + 0.8 * public.targets
@@ -184,26 +164,20 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("kind", ["colour", "volumes", "multilabel", "multiclass"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_and_task_is_attacked(kind: str) -> None:
-    def made(patients: int, seed: int, first: int) -> ImageSet:
-        if kind == "volumes":
-            return volumes(patients, seed=seed, first=first)
-        if kind == "multilabel":
-            return multilabel(patients, seed=seed, first=first)
-        if kind == "multiclass":
-            return blobs(patients, classes=3, seed=seed, first=first)
-        grey = blobs(patients, seed=seed, first=first)
-        return replace(grey, images=grey.images.repeat(1, 3, 1, 1))
-
     attack = replace(QUICK, memorised=20, labelled=300)
-    members, others, reference = made(30, 1, 0), made(60, 2, 1000), made(50, 3, 2000)
+    members, others, reference = (
+        of_kind(kind, 30, seed=1, first=0),
+        of_kind(kind, 60, seed=2, first=1000),
+        of_kind(kind, 50, seed=3, first=2000),
+    )
     guilty = attack.guilty(members, others, reference, seed=5)
     labels = guilty.release.soft_labels
     assert 0 <= float(labels.min()) <= float(labels.max()) <= 1
     scores = prepared(guilty.candidates, reference, attack).score(guilty.release, guilty.candidates)
     assert scores.shape == (len(guilty.candidates.unique_patients),)
-    assert found(scores, guilty.candidates, guilty.members).value > 0.65
+    assert told_apart(scores, guilty.candidates, guilty.members).value > 0.65
 
 
 @pytest.mark.parametrize(

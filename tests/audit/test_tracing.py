@@ -11,16 +11,14 @@ from scipy.spatial.distance import cdist
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
-from medistill.audit.attack import Exposed, Floats, MembershipAttack
-from medistill.audit.statistics import auroc
+from medistill.audit.attack import Exposed, MembershipAttack
 from medistill.audit.students import RandomNetworks
 from medistill.audit.tracing import PreparedTracing, Tracing
 from medistill.core.compute import Compute
 from medistill.core.images import ImageSet, joined
-from medistill.core.reports import Estimate
-from medistill.core.task import Task
 from medistill.errors import ConfigError, DataError
 from medistill.progress import Progress
+from tests.audit.kinds import KINDS, of_kind, told_apart
 from tests.conftest import blobs
 
 MEMBERS = blobs(60, seed=1, first=0)
@@ -34,26 +32,6 @@ def prepared(candidates: ImageSet, reference: ImageSet = REFERENCE, attack: Trac
     return attack.prepare(candidates, reference, ipc=1, seed=7, compute=Compute(), progress=Progress())
 
 
-def found(scores: Floats, candidates: ImageSet, members: frozenset[str]) -> Estimate:
-    inside = np.array([patient in members for patient in candidates.unique_patients])
-    return auroc(scores[inside], scores[~inside])
-
-
-def volumes(patients: int, *, seed: int, first: int) -> ImageSet:
-    flat = blobs(patients, size=8, seed=seed, first=first)
-    generator = torch.Generator().manual_seed(seed)
-    deep = flat.images[:, :, None].expand(-1, -1, 8, -1, -1)
-    noisy = deep + 0.1 * torch.randn(deep.shape, generator=generator)
-    return replace(flat, images=noisy.clamp(0, 1))
-
-
-def multilabel(patients: int, *, seed: int, first: int) -> ImageSet:
-    """Three findings, present or not by a coin each; some images have none."""
-    plain = blobs(patients, classes=3, seed=seed, first=first)
-    coins = torch.rand(len(plain), 3, generator=torch.Generator().manual_seed(seed)) < 0.5
-    return replace(plain, targets=coins.float(), task=Task.multilabel(("a", "b", "c")))
-
-
 # -- controls ---------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +41,7 @@ def test_class_means_of_few_patients_are_traced_and_nearest_neighbours_miss_them
     assert len(guilty.members) == 20
     assert set(guilty.candidates.patients) == guilty.members | set(OTHERS.patients)
     assert len(guilty.release.images) == 2
-    traced = found(prepared(joined(MEMBERS, OTHERS)).score(guilty.release, guilty.candidates),
+    traced = told_apart(prepared(joined(MEMBERS, OTHERS)).score(guilty.release, guilty.candidates),
                    guilty.candidates, guilty.members)  # fmt: skip
     assert traced.value >= QUICK.wanted
     assert traced.low > 0.6
@@ -75,7 +53,7 @@ def test_class_means_of_few_patients_are_traced_and_nearest_neighbours_miss_them
     closeness = np.log(cdist(who, other).min(1)) - np.log(cdist(who, release).min(1))
     names = np.array(guilty.candidates.patients)
     each = np.array([closeness[names == patient].mean() for patient in guilty.candidates.unique_patients])
-    neighbour = found(each, guilty.candidates, guilty.members)
+    neighbour = told_apart(each, guilty.candidates, guilty.members)
     assert neighbour.value < QUICK.wanted
     assert neighbour.value < traced.value - 0.1
 
@@ -84,7 +62,7 @@ def test_a_release_of_other_patients_gives_nobody_away() -> None:
     apart = blobs(60, seed=4, first=3000)
     release = QUICK.guilty(apart, OTHERS, REFERENCE, seed=5).release
     candidates = joined(MEMBERS, OTHERS)
-    nobody = found(prepared(candidates).score(release, candidates), candidates, frozenset(MEMBERS.patients))
+    nobody = told_apart(prepared(candidates).score(release, candidates), candidates, frozenset(MEMBERS.patients))
     assert nobody.low < 0.5 < nobody.high
 
 
@@ -158,25 +136,19 @@ def test_the_control_averages_over_patients_and_not_over_images() -> None:
 # -- all shapes and tasks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["colour", "volumes", "multilabel", "multiclass"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_and_task_is_traced(kind: str) -> None:
-    def made(patients: int, seed: int, first: int) -> ImageSet:
-        if kind == "volumes":
-            return volumes(patients, seed=seed, first=first)
-        if kind == "multilabel":
-            return multilabel(patients, seed=seed, first=first)
-        if kind == "multiclass":
-            return blobs(patients, classes=3, seed=seed, first=first)
-        grey = blobs(patients, seed=seed, first=first)
-        return replace(grey, images=grey.images.repeat(1, 3, 1, 1))
-
     attack = replace(QUICK, averaged_patients=5, public=0)
-    members, others, reference = made(40, 1, 0), made(40, 2, 1000), made(60, 3, 2000)
+    members, others, reference = (
+        of_kind(kind, 40, seed=1, first=0),
+        of_kind(kind, 40, seed=2, first=1000),
+        of_kind(kind, 60, seed=3, first=2000),
+    )
     guilty = attack.guilty(members, others, reference, seed=5)
     ours = prepared(guilty.candidates, reference, attack)
     scores = ours.score(guilty.release, guilty.candidates)
     assert scores.shape == (len(guilty.candidates.unique_patients),)
-    assert found(scores, guilty.candidates, guilty.members).value > 0.75
+    assert told_apart(scores, guilty.candidates, guilty.members).value > 0.75
 
 
 def test_images_of_a_class_that_the_reference_lacks_score_zero() -> None:

@@ -21,7 +21,7 @@ from medistill.ingest.cache import load_cohort
 from medistill.report import wording
 from medistill.report.contact_sheet import stacked_sheets
 from medistill.report.plots import Axis, Track, outline
-from medistill.report.png import data_uri, encode, picture
+from medistill.report.png import picture_source
 from medistill.report.quality.checks import GOES_WITH, SHORTCUT, share
 from medistill.report.quality.pixels import blocks, sampled_instances, scaled
 from medistill.report.quality.records import Attribute, Intensity, PerPatient, Quality
@@ -197,10 +197,10 @@ def _page(quality: Quality, cohort: Cohort, pictures: Sequence[_Group]) -> str:
             for flag, count in quality.flags.items()
         ],
         groups=[
-            {"title": g.title, "pictures": list(zip(map(_source, g.images), g.captions, strict=True))}
+            {"title": g.title, "pictures": list(zip(map(picture_source, g.images), g.captions, strict=True))}
             for g in pictures
         ],
-        averages=[(one_line(name), _source(mean)) for name, mean in averages.items() if mean is not None],
+        averages=[(one_line(name), picture_source(mean)) for name, mean in averages.items() if mean is not None],
         unusual=_unusual_pictures(quality, cohort),
         pairs=_pair_pictures(quality, cohort),
         attributes=[_drawn_attribute(attribute) for attribute in quality.attributes],
@@ -212,10 +212,6 @@ def _page(quality: Quality, cohort: Cohort, pictures: Sequence[_Group]) -> str:
     )
 
 
-def _source(image: Tensor) -> str:
-    return data_uri(encode(picture(image)))
-
-
 def _unusual_pictures(quality: Quality, cohort: Cohort) -> list[dict[str, Any]]:
     unusual = quality.intensity.unusual
     if not unusual:
@@ -223,7 +219,12 @@ def _unusual_pictures(quality: Quality, cohort: Cohort) -> list[dict[str, Any]]:
     images = _thumbnails(cohort.store, [item.row for item in unusual])
     by_row = {instance.row: instance for instance in cohort.instances}
     return [
-        {"source": _source(image), "what": item.what, "row": item.row, "label": one_line(by_row[item.row].label)}
+        {
+            "source": picture_source(image),
+            "what": item.what,
+            "row": item.row,
+            "label": one_line(by_row[item.row].label),
+        }
         for item, image in zip(unusual, images, strict=True)
     ]
 
@@ -232,7 +233,7 @@ def _pair_pictures(quality: Quality, cohort: Cohort) -> list[dict[str, Any]]:
     by_row = {instance.row: instance for instance in cohort.instances}
     return [
         {
-            "sources": [_source(image) for image in _thumbnails(cohort.store, rows)],
+            "sources": [picture_source(image) for image in _thumbnails(cohort.store, rows)],
             "captions": [f"{row} · {one_line(by_row[row].label)} · {by_row[row].split.value}" for row in rows],
             "alike": f"{alike:.3f}",
         }
