@@ -36,6 +36,7 @@ from medistill.core.task import Task
 from medistill.distill import Distillation, Prospect, distill, distill_privately, foresee
 from medistill.errors import DataError, OutputError, PrivacyError
 from medistill.evaluate import evaluate
+from medistill.evaluate.arms import CHOSEN_FROM_REAL
 from medistill.ingest import ingest, load_cohort, load_or_create_key
 from medistill.ingest.phantom import PhantomConfig, write_phantom
 from medistill.ingest.reading import Source
@@ -55,6 +56,7 @@ from medistill.report.page import three_lines
 from medistill.report.runs import RunRow, run_row
 from medistill.seeds import derive_seed
 
+_JUDGED = (Split.TEST, Split.HOLDOUT)
 _MARK = "run.yaml"
 _TRAINED_ON = "trained_on.sha256"
 _MADE_FROM = "preprocessing.json"
@@ -261,10 +263,11 @@ class _Run:
         require_patients(**{s.value: self.images(s) for s in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)})
         self.images(Split.TEST)
         fewest, ipc = int(self.images(Split.TRAIN).targets.sum(0).min()), self.config.distill.ipc
-        if "random" in self.config.evaluate.arms and fewest < ipc:
+        needing = [arm for arm in self.config.evaluate.arms if arm in CHOSEN_FROM_REAL]
+        if needing and fewest < ipc:
             raise DataError(
-                f"The smallest class has {fewest} train images; the arm of random real images needs distill.ipc = "
-                f"{ipc}. Ingest more images, lower distill.ipc, or leave 'random' out of evaluate.arms."
+                f"The smallest class has {fewest} train images; arms of chosen real images need distill.ipc = {ipc}."
+                f" Ingest more images, lower distill.ipc, or leave {', '.join(needing)} out of evaluate.arms."
             )
 
     def distill(self) -> None:
@@ -346,7 +349,8 @@ class _Run:
             self.distilled(),
             train=self.images(Split.TRAIN),
             validation=self.images(Split.VALIDATION),
-            tests={split.value: self.images(split) for split in (Split.TEST, Split.HOLDOUT)},
+            tests={split.value: self.images(split) for split in _JUDGED},
+            attributes={split.value: self.cohort().split(split).attributes() for split in _JUDGED},
             config=self.config.evaluate,
             seed=derive_seed(self.config.seed, "evaluate"),
             compute=self.config.compute,

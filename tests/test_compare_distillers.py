@@ -214,11 +214,11 @@ if seed == 2:
     answer = {"status": "failed", "error": "seed 2 fails"}
 else:
     time.sleep(SLEEP if seed else 0)
-    drawn = np.random.default_rng(seed).random((5, 100))
+    names = NAMES
+    drawn = np.random.default_rng(seed).random((len(names), 100))
     tensors = {f"draws/convnet/{p}/{k}": drawn for p in ("chosen", "common") for k in ("soft", "hard")}
     images = np.zeros((2, 1, 16, 16), dtype=np.float32)
     save_file({**tensors, "images": images}, target.with_suffix(".safetensors"))
-    names = ("auroc", "diagnostic_sensitivity", "specificity", "harmonic_mean", "balanced_accuracy")
     arm = {"metrics": {name: 0.5 + 0.25 * seed for name in names}, "cpu_seconds": 1.0}
     arms = {f"{p}/{k}": arm for p in ("chosen", "common") for k in ("soft", "hard")}
     answer = {
@@ -228,7 +228,7 @@ else:
         "networks": {"convnet": {"schedule": {"optimizer": "sgd", "epochs": 40}, "arms": arms}},
     }
 target.write_text(json.dumps(answer))
-"""
+""".replace("NAMES", repr(METRICS))
 
 
 class StopAfterOne(Progress):
@@ -265,9 +265,9 @@ def test_interrupted_resumed_and_the_table_is_the_mean_of_its_cells(
     assert auroc is not None
     assert auroc.value == float(line["auroc_chosen_soft"]) == 0.625  # of .5 and .75
     assert float(line["auroc_chosen_soft_sd"]) == pytest.approx(0.25 / 2**0.5, abs=1e-4)
-    drawn = [np.random.default_rng(seed).random((5, 100)) for seed in (0, 1)]
-    assert METRICS[4] == "balanced_accuracy"
-    low, high = np.percentile((drawn[0][4] + drawn[1][4]) / 2, [2.5, 97.5])
+    drawn = [np.random.default_rng(seed).random((len(METRICS), 100)) for seed in (0, 1)]
+    place = METRICS.index("balanced_accuracy")
+    low, high = np.percentile((drawn[0][place] + drawn[1][place]) / 2, [2.5, 97.5])
     assert float(line["balanced_accuracy_common_hard_low"]) == pytest.approx(low, abs=1e-4)
     assert float(line["balanced_accuracy_common_hard_high"]) == pytest.approx(high, abs=1e-4)
     assert (row.cpu_seconds, row.peak_rss_mb) == (10.5, 501)

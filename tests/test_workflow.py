@@ -186,7 +186,7 @@ INTERRUPTIONS = [
     ("ingest", "medistill.ingest.build._profile", {"ingest": {"seed": 1}}),
     ("distill", "medistill.workflow.save", {"distill": {"ipc": 2}}),
     ("audit", "medistill.audit.runner.measure_copies", {"audit": {"alpha": 0.02}}),
-    ("evaluate", "medistill.evaluate.runner._arm_result", {"evaluate": {"seeds": 1}}),
+    ("evaluate", "medistill.evaluate.judge.Judge.judge", {"evaluate": {"seeds": 1}}),
     ("release", "medistill.release.folder.sync_folder", {"release": {"licence": "CC0-1.0"}}),
 ]
 

@@ -228,6 +228,7 @@ def evaluate(
         train=real.split("train").images(size),
         validation=real.split("validation").images(size),
         tests={name: real.split(name).images(size) for name in ("test", "holdout")},
+        attributes={name: real.split(name).attributes() for name in ("test", "holdout")},
         config=EvaluationConfig(seeds=seeds, networks=tuple(network or ["convnet"])),
         seed=seed,
         compute=Compute(device=device),
@@ -237,6 +238,10 @@ def evaluate(
     for arm in report.arms:
         called = f"{arm.network:<10} {arm.split:<8} {arm.arm:<15}"
         typer.echo(f"{called} {arm.images:>6} images  AUROC {arm.metrics['auroc']}")
+    for found in report.differences:
+        if found.kind == "against_real" and found.arm == "distilled":
+            called = f"{found.network:<10} {found.split:<8} distilled - real"
+            typer.echo(f"{called}  AUROC {found.value}  p {found.p_value:.3f}")
 
 
 @app.command()

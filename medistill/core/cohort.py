@@ -182,6 +182,11 @@ class Cohort:
             task=self.task,
         )
 
+    def attributes(self) -> dict[str, tuple[str, ...]]:
+        """What is known of each image, empty where not: ``sex``, ``age_band``, ``site``, ``view``."""
+        names = ("sex", "age_band", "site", "view")
+        return {name: tuple(getattr(instance, name) for instance in self.instances) for name in names}
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Per split: images, patients, and images per class, which overlap in a multilabel task."""
         table: dict[str, dict[str, int]] = {}

@@ -164,7 +164,7 @@ class ArmResult:
     """Diagnostic performance of one training set on one evaluation split.
 
     Args:
-        arm: ``real``, ``random``, ``distilled`` or ``distilled_hard``.
+        arm: ``real``, ``random``, ``random_soft``, ``herding``, ``distilled`` or ``distilled_hard``.
         network: Registered network name.
         split: Evaluation split, for example ``test``.
         images: Number of training images.
@@ -174,6 +174,11 @@ class ArmResult:
         cpu_seconds: CPU time of training per seed.
         class_auroc: Class name to the AUROC of this class against all others; empty for two classes, where it is
             the AUROC among the metrics.
+        reliability: Of images binned by predicted probability: mean prediction, share that shows the class, share
+            of all predictions in the bin; pooled over seeds. Of the positive class for two, of the most probable
+            one for more, of all findings for several.
+        by_patient: Rule that joins the scores of a patient's images (``mean``, ``max``, ``vote``) to the metrics
+            of patients; empty where no patient has several images.
     """
 
     arm: str
@@ -185,15 +190,88 @@ class ArmResult:
     seed_deviation: Mapping[str, float]
     cpu_seconds: float
     class_auroc: Mapping[str, Estimate] = field(default_factory=dict)
+    reliability: tuple[tuple[float, float, float], ...] = ()
+    by_patient: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ArmResult:
         """Inverse of :func:`dataclasses.asdict`."""
-        tables = {
-            name: {k: Estimate.from_json(v) for k, v in values.get(name, {}).items()}
-            for name in ("metrics", "class_auroc")
+        read = {
+            "metrics": _estimates(values["metrics"]),
+            "class_auroc": _estimates(values.get("class_auroc", {})),
+            "reliability": tuple((float(x), float(y), float(s)) for x, y, s in values.get("reliability", ())),
+            "by_patient": {rule: _estimates(found) for rule, found in values.get("by_patient", {}).items()},
         }
-        return cls(**{**values, **tables})
+        return cls(**{**values, **read})
+
+
+def _estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {name: Estimate.from_json(found) for name, found in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One training set minus another, judged on the same patients with the same network.
+
+    Args:
+        kind: What it says: ``against_real`` (any arm minus all real images), ``label_recovery`` (all real images
+            minus distilled ones with hard labels) or ``improvement_over_random`` (distilled minus as many random
+            real images, both with soft labels); the last two as in DD-Ranking.
+        arm: Training set.
+        against: The other one.
+        network: Registered network name.
+        split: Evaluation split.
+        metric: What is compared.
+        value: Mean over seeds of the difference, interval by bootstrap over patients, the same draws for both.
+        p_value: Two-sided, of no difference, by the same bootstrap.
+        delong_p_value: Two-sided, of no difference in AUROC, by DeLong's variance with patients as clusters;
+            ``None`` for other metrics and tasks of more than two classes.
+    """
+
+    kind: str
+    arm: str
+    against: str
+    network: str
+    split: str
+    metric: str
+    value: Estimate
+    p_value: float
+    delong_p_value: float | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Difference:
+        """Inverse of :func:`dataclasses.asdict`."""
+        return cls(**{**values, "value": Estimate.from_json(values["value"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubgroupResult:
+    """Performance on a part of an evaluation split's patients.
+
+    Args:
+        arm: Training set.
+        network: Registered network name.
+        split: Evaluation split.
+        attribute: ``sex``, ``age_band``, ``site`` or ``view``.
+        group: Value of the attribute; sites are numbered, the one with most patients first.
+        patients: Patients in the group.
+        metrics: Metric name to estimate, as in :class:`ArmResult`; empty where the group is too small to be shown.
+        warning: Why the figures should not be relied on, or empty.
+    """
+
+    arm: str
+    network: str
+    split: str
+    attribute: str
+    group: str
+    patients: int
+    metrics: Mapping[str, Estimate]
+    warning: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SubgroupResult:
+        """Inverse of :func:`dataclasses.asdict`."""
+        return cls(**{**values, "metrics": _estimates(values["metrics"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +282,15 @@ class DiagnosticReport:
         arms: One entry per network, arm and split.
         class_names: Classes; for two, ``(negative, positive)``.
         release: Fingerprint of the distilled set that was evaluated.
+        differences: Arms against each other on the same patients.
+        subgroups: Arms on parts of the patients.
     """
 
     arms: tuple[ArmResult, ...]
     class_names: tuple[str, ...]
     release: str
+    differences: tuple[Difference, ...] = ()
+    subgroups: tuple[SubgroupResult, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""
@@ -218,4 +300,10 @@ class DiagnosticReport:
     def from_json(cls, values: Mapping[str, Any]) -> DiagnosticReport:
         """Inverse of :meth:`to_json`."""
         arms = tuple(ArmResult.from_json(arm) for arm in values["arms"])
-        return cls(arms=arms, class_names=tuple(values["class_names"]), release=str(values["release"]))
+        return cls(
+            arms=arms,
+            class_names=tuple(values["class_names"]),
+            release=str(values["release"]),
+            differences=tuple(Difference.from_json(found) for found in values.get("differences", ())),
+            subgroups=tuple(SubgroupResult.from_json(found) for found in values.get("subgroups", ())),
+        )

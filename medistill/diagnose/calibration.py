@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medistill.core.task import Task, TaskKind
@@ -56,20 +54,6 @@ def best_temperature(kind: TaskKind, logits: Tensor, targets: Tensor) -> float:
             right = low + _GOLDEN * (high - low)
             at_right = loss(right)
     return math.exp((low + high) / 2)
-
-
-def calibration_error(confidence: NDArray[np.floating], correct: NDArray[np.bool_], *, bins: int = 15) -> float:
-    r"""Expected calibration error :math:`\sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b|` in equal bins.
-
-    Args:
-        confidence: Probability of what was decided, shape ``(n,)``; for two classes also that of the positive one.
-        correct: Whether it was so, shape ``(n,)``.
-        bins: Number of bins of equal width; the last includes 1.
-    """
-    place = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    gaps = np.bincount(place, weights=np.asarray(correct, float) - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / max(1, counts.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)

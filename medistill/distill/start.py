@@ -80,7 +80,12 @@ def random_images(images: ImageSet, *, ipc: int, seed: int) -> ImageSet:
     Raises:
         DataError: If a class has fewer than ``ipc`` images.
     """
-    return images.select(choose_images(images, ipc=ipc, seed=seed, picker=lambda _: _first))
+    return images.select(random_places(images, ipc=ipc, seed=seed))
+
+
+def random_places(images: ImageSet, *, ipc: int, seed: int) -> list[int]:
+    """Positions of the images that :func:`random_images` chooses."""
+    return choose_images(images, ipc=ipc, seed=seed, picker=lambda _: _first)
 
 
 def choose_images(images: ImageSet, *, ipc: int, seed: int, picker: Callable[[Tensor], Pick]) -> list[int]:

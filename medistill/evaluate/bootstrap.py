@@ -30,11 +30,20 @@ def patient_weights(patients: Sequence[str], *, draws: int, seed: int) -> NDArra
     return counts[:, of_image].astype(np.float64)
 
 
-def percentile_estimate(value: float, draws: NDArray[np.float64], *, n: int) -> Estimate:
-    """Estimate with a percentile interval; draws without both classes are left out."""
+def percentile_estimate(
+    value: float, draws: NDArray[np.float64], *, n: int, limits: tuple[float, float] = (0.0, 1.0)
+) -> Estimate:
+    """Estimate with a percentile interval; draws without both classes are left out.
+
+    Args:
+        value: The plain metric.
+        draws: The metric of every bootstrap draw, shape ``(b,)``.
+        n: Patients behind it.
+        limits: Smallest and largest possible value, the interval where nothing can be estimated.
+    """
     usable = draws[np.isfinite(draws)]
     if not len(usable) or not np.isfinite(value):
-        return Estimate(value=float("nan"), low=0.0, high=1.0, confidence=CONFIDENCE, n=n)
+        return Estimate(value=float("nan"), low=limits[0], high=limits[1], confidence=CONFIDENCE, n=n)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(usable, [tail, 100 - tail])
     return Estimate(value=value, low=float(low), high=float(high), confidence=CONFIDENCE, n=n)

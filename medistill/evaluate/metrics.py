@@ -13,10 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medistill.core.task import TaskKind
+from medistill.evaluate.calibration import calibration_error, confidences
 
 Floats = NDArray[np.float64]
 
-METRICS = ("auroc", "diagnostic_sensitivity", "specificity", "harmonic_mean", "balanced_accuracy")
+METRICS = (
+    "auroc",
+    "average_precision",
+    "diagnostic_sensitivity",
+    "specificity",
+    "harmonic_mean",
+    "balanced_accuracy",
+    "ece",
+)
 
 
 def weighted_auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -42,6 +51,33 @@ def weighted_auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats)
     below = np.cumsum(on_negative, axis=1) - 0.5 * on_negative
     with np.errstate(invalid="ignore", divide="ignore"):
         area: Floats = (on_positive * below).sum(1) / (on_positive.sum(1) * on_negative.sum(1))
+    return area
+
+
+def weighted_average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    r"""Average precision for every weighting; ties are taken together.
+
+    .. math:: \sum_t (R_t - R_{t-1}) P_t
+
+    over all thresholds ``t`` from the highest score on, with recall ``R`` and precision ``P``.
+
+    Args:
+        scores: Shape ``(n,)``; higher means more likely positive.
+        positive: Shape ``(n,)``.
+        weights: Shape ``(b, n)``, not negative.
+
+    Returns:
+        Shape ``(b,)`` in ``[0, 1]``, higher is better; ``nan`` where the positive class has no weight.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    sorted_weights = weights[:, order]
+    found = np.add.reduceat(sorted_weights * positive[order], starts, axis=1)
+    taken = np.cumsum(np.add.reduceat(sorted_weights, starts, axis=1), axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.where(taken > 0, np.cumsum(found, axis=1) / taken, 0.0)
+        area: Floats = (found * precision).sum(1) / found.sum(1)
     return area
 
 
@@ -97,7 +133,9 @@ def task_metrics(
     true_positive = [_rate(decided[:, c], shown[:, c], weights) for c in both]
     true_negative = [_rate(~decided[:, c], ~shown[:, c], weights) for c in both]
     areas = [weighted_auroc(probabilities[:, c], shown[:, c], weights) for c in both]
-    return _averages(true_positive, true_negative, areas, pairs=True)
+    precisions = [weighted_average_precision(probabilities[:, c], shown[:, c], weights) for c in both]
+    errors = [calibration_error(probabilities[:, c], shown[:, c], weights) for c in both]
+    return _averages(true_positive, true_negative, areas, precisions, errors, pairs=True)
 
 
 def class_aurocs(probabilities: Floats, targets: Floats, weights: Floats) -> Floats:
@@ -121,7 +159,8 @@ def diagnostic_metrics(
     Returns:
         Metric name to shape ``(b,)``. Diagnostic sensitivity is the true-positive rate, specificity the
         true-negative rate, the harmonic mean is :math:`2ab/(a+b)` of the two, and balanced accuracy their mean
-        for two classes or the mean recall for more.
+        for two classes or the mean recall for more. ``ece`` is the expected calibration error, of the most
+        probable class where there are more than two; lower is better.
     """
     k = probabilities.shape[1]
     if k == 2 and threshold is not None:
@@ -132,11 +171,21 @@ def diagnostic_metrics(
     true_positive = [_rate(decided == c, classes == c, weights) for c in labels]
     true_negative = [_rate(decided != c, classes != c, weights) for c in labels]
     areas = [weighted_auroc(probabilities[:, c], classes == c, weights) for c in labels]
-    return _averages(true_positive, true_negative, areas, pairs=k == 2)
+    precisions = [weighted_average_precision(probabilities[:, c], classes == c, weights) for c in labels]
+    kind = TaskKind.BINARY if k == 2 else TaskKind.MULTICLASS
+    predicted, shown = confidences(kind, probabilities, np.eye(k)[classes])
+    errors = [calibration_error(predicted[:, 0], shown[:, 0], weights)]
+    return _averages(true_positive, true_negative, areas, precisions, errors, pairs=k == 2)
 
 
 def _averages(
-    true_positive: list[Floats], true_negative: list[Floats], areas: list[Floats], *, pairs: bool
+    true_positive: list[Floats],
+    true_negative: list[Floats],
+    areas: list[Floats],
+    precisions: list[Floats],
+    errors: list[Floats],
+    *,
+    pairs: bool,
 ) -> Mapping[str, Floats]:
     """Means over classes; ``pairs`` where each class and its absence are two classes of their own."""
     with warnings.catch_warnings():
@@ -144,6 +193,8 @@ def _averages(
         sensitivity = np.nanmean(true_positive, axis=0)
         specificity = np.nanmean(true_negative, axis=0)
         auroc = np.nanmean(areas, axis=0)
+        average_precision = np.nanmean(precisions, axis=0)
+        ece = np.nanmean(errors, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         harmonic = np.where(
             sensitivity + specificity > 0, 2 * sensitivity * specificity / (sensitivity + specificity), 0.0
@@ -151,10 +202,12 @@ def _averages(
     balanced = (sensitivity + specificity) / 2 if pairs else sensitivity
     return {
         "auroc": auroc,
+        "average_precision": average_precision,
         "diagnostic_sensitivity": sensitivity,
         "specificity": specificity,
         "harmonic_mean": harmonic,
         "balanced_accuracy": balanced,
+        "ece": ece,
     }
 
 

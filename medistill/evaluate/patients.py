@@ -22,9 +22,9 @@ from medistill.core.reports import ArmResult, DiagnosticReport
 from medistill.distill.schedule import choose_schedule
 from medistill.distill.start import random_images
 from medistill.errors import DataError
+from medistill.evaluate.arms import REAL_SCHEDULE
 from medistill.evaluate.bootstrap import over_networks, patient_weights
 from medistill.evaluate.metrics import diagnostic_metrics, operating_point
-from medistill.evaluate.runner import REAL_SCHEDULE
 from medistill.ingest.patches import PatchGrid, cut_patches, patients_positive
 from medistill.networks.convnet import ConvNet
 from medistill.progress import Progress
@@ -34,6 +34,7 @@ from medistill.training.views import hard_views
 
 Floats = NDArray[np.float64]
 _POSITIVE, _OUTSIDE = 1, 2
+_OF_PROBABILITIES = "ece"  #: a share of patches is no probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +249,7 @@ def _arm_result(name: str, judged: Sequence[_Judged], test: PatchSplit, weights:
         split="test",
         images=judged[0].images,
         seeds=len(judged),
-        metrics=metrics,
-        seed_deviation=deviations,
+        metrics={name: found for name, found in metrics.items() if name != _OF_PROBABILITIES},
+        seed_deviation={name: found for name, found in deviations.items() if name != _OF_PROBABILITIES},
         cpu_seconds=round(sum(one.seconds for one in judged) / len(judged), 2),
     )

@@ -28,9 +28,9 @@ from medistill.core.task import Task, TaskKind
 from medistill.distill import distill
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.errors import ConfigError, MedistillError
+from medistill.evaluate.arms import REAL_SCHEDULE
 from medistill.evaluate.bootstrap import patient_weights
 from medistill.evaluate.metrics import METRICS, operating_points, task_metrics
-from medistill.evaluate.runner import REAL_SCHEDULE
 from medistill.ingest import load_cohort
 from medistill.networks.convnet import ConvNet
 from medistill.privacy import OpenCurator

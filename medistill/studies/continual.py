@@ -33,8 +33,8 @@ from medistill.core.reports import Estimate
 from medistill.core.task import Task, TaskKind
 from medistill.distill import distill, make_recipe, resolve_method
 from medistill.errors import ConfigError
+from medistill.evaluate.arms import REAL_SCHEDULE
 from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
-from medistill.evaluate.runner import REAL_SCHEDULE
 from medistill.ingest import load_cohort
 from medistill.parallel import parallel_map
 from medistill.privacy import OpenCurator

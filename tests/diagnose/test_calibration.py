@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from sklearn.calibration import calibration_curve
 from sklearn.covariance import shrunk_covariance
 from sklearn.metrics import log_loss
 
 from medistill.core.task import Task, TaskKind
 from medistill.diagnose import DiagnosticModel
-from medistill.diagnose.calibration import Calibration, best_temperature, calibration_error, stated_calibration
+from medistill.diagnose.calibration import Calibration, best_temperature, stated_calibration
 from medistill.diagnose.outliers import SHRINKAGE, fit_outliers
 from medistill.errors import DataError
 from medistill.release.verify import Release
@@ -44,16 +43,6 @@ def test_the_temperature_of_an_ensemble_and_of_several_findings() -> None:
     found = best_temperature(TaskKind.MULTILABEL, torch.tensor(logits), torch.tensor(targets))
     oracle = minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-6})
     assert loss(found) == pytest.approx(oracle.fun, rel=1e-6)
-
-
-def test_the_calibration_error_is_that_of_the_reliability_curve() -> None:
-    draw = np.random.default_rng(2)
-    p = draw.uniform(0, 1, 3000)
-    y = draw.uniform(0, 1, 3000) < p**2
-    rates, means = calibration_curve(y, p, n_bins=15, strategy="uniform")
-    weights = np.histogram(p, bins=15, range=(0, 1))[0] / len(p)
-    assert calibration_error(p, y) == pytest.approx(float((np.abs(rates - means) * weights).sum()))
-    assert calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
 
 
 def test_what_the_data_owner_found_comes_first() -> None:

@@ -16,7 +16,8 @@ from medistill.core.reports import ArmResult, DiagnosticReport
 from medistill.core.task import Task
 from medistill.distill import distill
 from medistill.errors import ConfigError
-from medistill.evaluate import EvaluationConfig, evaluate, runner
+from medistill.evaluate import EvaluationConfig, evaluate, judge
+from medistill.evaluate.arms import Arms
 from medistill.evaluate.metrics import METRICS
 from medistill.privacy.curator import OpenCurator
 from medistill.training import students
@@ -70,7 +71,7 @@ def arm(report: DiagnosticReport, name: str, split: str = "test") -> ArmResult:
 
 
 def test_every_arm_is_there_on_every_split(report: DiagnosticReport) -> None:
-    names = ("real", "random", "distilled", "distilled_hard")
+    names = ("real", "random", "random_soft", "herding", "distilled", "distilled_hard")
     assert [(entry.arm, entry.split) for entry in report.arms] == [
         (name, split) for name in names for split in ("test", "holdout")
     ]
@@ -81,6 +82,8 @@ def test_arms_say_how_many_images_and_seeds_they_had(report: DiagnosticReport) -
     assert {entry.arm: entry.images for entry in report.arms} == {
         "real": 80,
         "random": 6,
+        "random_soft": 6,
+        "herding": 6,
         "distilled": 6,
         "distilled_hard": 6,
     }
@@ -96,6 +99,105 @@ def test_every_number_has_an_interval_over_patients(report: DiagnosticReport) ->
             assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
             assert estimate.n == (30 if entry.split == "test" else 20)
             assert estimate.confidence == 0.95
+
+
+def test_arms_of_chosen_images_hold_images_of_train_patients_and_the_schedule_of_the_release() -> None:
+    distilled = release()
+    arms = Arms(distilled=distilled, train=TRAIN, real_epochs=1, seed=0)
+    teacher = np.random.default_rng(0).dirichlet((1, 1), len(TRAIN))
+    rows = {
+        image.numpy().tobytes(): target.tolist() for image, target in zip(TRAIN.images, TRAIN.targets, strict=True)
+    }
+    sets = {name: arms.training_set(name, 0, teacher=teacher) for name in ("random", "random_soft", "herding")}
+    for name, made in sets.items():
+        assert made.schedule == distilled.schedule
+        of_class = [rows[image.numpy().tobytes()] for image in made.images]
+        assert of_class == [[1, 0]] * 3 + [[0, 1]] * 3
+        assert (made.soft_labels.tolist() == of_class) is (name != "random_soft")
+    assert torch.equal(sets["random"].images, sets["random_soft"].images)
+    places = [
+        next(i for i, o in enumerate(TRAIN.images) if torch.equal(o, image)) for image in sets["random"].images
+    ]
+    assert np.allclose(sets["random_soft"].soft_labels, teacher[places])
+    assert not torch.equal(sets["random"].images, arms.training_set("random", 1).images)
+    assert torch.equal(sets["herding"].images, arms.training_set("herding", 1).images)
+
+
+def test_the_teacher_of_random_soft_is_the_first_network_on_all_real_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    make = Arms.training_set
+
+    def watch(self: Arms, arm: str, repeat: int, *, teacher: np.ndarray | None = None) -> object:
+        asked.append((arm, repeat, teacher))
+        return make(self, arm, repeat, teacher=teacher)
+
+    monkeypatch.setattr(Arms, "training_set", watch)
+    compared(config=replace(QUICK, arms=("random_soft", "real"), networks=("convnet", "mlp"), seeds=1))
+    assert [arm for arm, *_ in asked] == ["real", "real", "random_soft", "random_soft"]
+    labels = asked[2][2]
+    assert labels.shape == (len(TRAIN), 2)
+    right = (labels.argmax(1) == TRAIN.classes.numpy()).mean()
+    assert right > 0.6
+    assert np.array_equal(labels, asked[3][2])
+
+
+def test_differences_are_those_of_the_arms(report: DiagnosticReport) -> None:
+    kinds = {(d.kind, d.arm, d.against, d.metric) for d in report.differences}
+    others = ("random", "random_soft", "herding", "distilled", "distilled_hard")
+    assert kinds == {("against_real", name, "real", "auroc") for name in others} | {
+        (kind, *pair, metric)
+        for kind, pair in (
+            ("label_recovery", ("real", "distilled_hard")),
+            ("improvement_over_random", ("distilled", "random_soft")),
+        )
+        for metric in ("auroc", "balanced_accuracy")
+    }
+    for found in report.differences:
+        first, second = (
+            arm(report, name, found.split).metrics[found.metric] for name in (found.arm, found.against)
+        )
+        assert found.value.value == pytest.approx(first.value - second.value)
+        assert found.value.low <= found.value.value <= found.value.high
+        assert 0 < found.p_value <= 1
+        assert (found.delong_p_value is not None) == (found.metric == "auroc")
+
+
+def test_patients_with_several_images_are_judged_as_patients(report: DiagnosticReport) -> None:
+    found = arm(report, "real")
+    assert set(found.by_patient) == {"mean", "max", "vote"}
+    assert all(estimate.n == 30 for rule in found.by_patient.values() for estimate in rule.values())
+    first = {patient: place for place, patient in reversed(list(enumerate(TEST.patients)))}
+    alone = compared(config=replace(QUICK, arms=("real",)), test=TEST.select(sorted(first.values())))
+    assert arm(alone, "real").by_patient == {}
+
+
+def test_groups_are_judged_apart_and_small_ones_hidden() -> None:
+    number = {patient: i for i, patient in enumerate(TEST.unique_patients)}
+    sex = ["F" if number[patient] < 16 else "M" if number[patient] < 24 else "" for patient in TEST.patients]
+    found = evaluate(
+        release(),
+        train=TRAIN,
+        validation=VALIDATION,
+        tests={"test": TEST},
+        attributes={"test": {"sex": sex, "view": ["PA"] * len(TEST)}},
+        config=replace(QUICK, arms=("real",)),
+        seed=7,
+    )
+    groups = {group.group: group for group in found.subgroups}
+    assert {group.attribute for group in found.subgroups} == {"sex"}, "one view divides nobody"
+    assert [(g.group, g.patients, bool(g.metrics)) for g in found.subgroups] == [
+        ("F", 16, True),
+        ("M", 8, False),
+        ("not stated", 6, False),
+    ]
+    assert "few patients" in groups["F"].warning
+    assert "not shown" in groups["M"].warning
+    women = TEST.of_patients({patient for patient, i in number.items() if i < 16})
+    alone = arm(compared(config=replace(QUICK, arms=("real",)), test=women), "real").metrics["auroc"]
+    assert groups["F"].metrics["auroc"].value == pytest.approx(alone.value)
+    assert DiagnosticReport.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_real_images_beat_chance(report: DiagnosticReport) -> None:
@@ -157,7 +259,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[tupl
     """Thresholds and trained weights of a comparison on a test set."""
     cuts: list[tuple[float, ...]] = []
     weights: list[np.ndarray] = []
-    choose, train = runner.operating_points, students.fit
+    choose, train = judge.operating_points, students.fit
 
     def watch_cut(*args: object) -> tuple[float, ...]:
         cuts.append(choose(*args))
@@ -169,7 +271,7 @@ def _watched(monkeypatch: pytest.MonkeyPatch, test: ImageSet) -> tuple[list[tupl
         return fitted
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "operating_points", watch_cut)
+        patch.setattr(judge, "operating_points", watch_cut)
         patch.setattr(students, "fit", watch_fit)
         compared(test=test)
     return cuts, weights
@@ -179,7 +281,8 @@ def test_test_labels_and_images_change_neither_weights_nor_thresholds(monkeypatc
     flipped = replace(TEST, targets=TEST.targets.flip(1), images=1 - TEST.images)
     cuts, weights = _watched(monkeypatch, TEST)
     other_cuts, other_weights = _watched(monkeypatch, flipped)
-    assert len(cuts) == len(weights) == 8
+    assert len(weights) == 12
+    assert len(cuts) == len(weights) * 2 * (1 + 3)  # both splits; images, and patients by three rules
     assert cuts == other_cuts
     assert all(np.array_equal(one, other) for one, other in zip(weights, other_weights, strict=True))
 
@@ -217,6 +320,7 @@ def test_a_report_survives_json(report: DiagnosticReport) -> None:
     [
         ({"arms": ("real", "randm")}, "Unknown arms randm. Did you mean 'random'?"),
         ({"arms": ()}, "at least one"),
+        ({"arms": ("random_soft", "distilled")}, "Add 'real'"),
         ({"arms": ("real", "real")}, "each once"),
         ({"networks": ("convent",)}, "Unknown network 'convent'. Did you mean 'convnet'?"),
         ({"networks": ()}, "at least one of the networks"),
@@ -248,5 +352,5 @@ def test_hard_labels_of_several_findings_are_the_soft_ones_rounded() -> None:
     task = Task.multilabel(("class0", "class1"))
     soft = torch.tensor([[0.9, 0.6], [0.2, 0.1]])
     made = replace(release(ipc=1), task=task, soft_labels=soft)
-    found = runner._training_set("distilled_hard", made, TRAIN, QUICK, 0)
+    found = Arms(distilled=made, train=TRAIN, real_epochs=1, seed=0).training_set("distilled_hard", 0)
     assert found.soft_labels.tolist() == [[1, 1], [0, 0]]

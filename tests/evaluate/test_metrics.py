@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score, roc_auc_score
 
 from medistill.core.task import TaskKind
 from medistill.evaluate.bootstrap import patient_weights, percentile_estimate
+from medistill.evaluate.calibration import calibration_error, confidences, reliability
 from medistill.evaluate.metrics import (
     class_aurocs,
     diagnostic_metrics,
@@ -17,6 +19,7 @@ from medistill.evaluate.metrics import (
     operating_points,
     task_metrics,
     weighted_auroc,
+    weighted_average_precision,
 )
 
 
@@ -31,6 +34,40 @@ def test_weighted_auroc_is_that_of_scikit_learn(rows: list[tuple[bool, int, int]
     expected = roc_auc_score(positive, scores, sample_weight=weights)
     found = weighted_auroc(scores.astype(float), positive.astype(bool), weights[None].astype(float))
     assert found[0] == pytest.approx(expected, abs=1e-9)
+    expected = average_precision_score(positive, scores, sample_weight=weights)
+    found = weighted_average_precision(scores.astype(float), positive.astype(bool), weights[None].astype(float))
+    assert found[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_calibration_error_is_that_of_the_reliability_curve() -> None:
+    draw = np.random.default_rng(2)
+    p = draw.uniform(0, 1, 3000)
+    y = draw.uniform(0, 1, 3000) < p**2
+    rates, means = calibration_curve(y, p, n_bins=15, strategy="uniform")
+    shares = np.histogram(p, bins=15, range=(0, 1))[0] / len(p)
+    assert calibration_error(p, y, np.ones((1, 3000)))[0] == pytest.approx((np.abs(rates - means) * shares).sum())
+    assert np.allclose(reliability(p, y), np.stack([means, rates, shares], axis=1))
+    assert calibration_error(np.array([1.0, 0.0]), np.array([True, False]), np.ones((1, 2)))[0] == 0
+
+
+def test_a_weight_of_the_calibration_error_is_a_repetition() -> None:
+    draw = np.random.default_rng(3)
+    p, weights = draw.uniform(0, 1, 200), draw.integers(0, 4, 200)
+    y = draw.uniform(0, 1, 200) < p
+    repeated = calibration_error(np.repeat(p, weights), np.repeat(y, weights), np.ones((1, weights.sum())))
+    assert calibration_error(p, y, weights[None].astype(float))[0] == pytest.approx(repeated[0])
+
+
+def test_what_is_predicted_with_confidence_depends_on_the_task() -> None:
+    p = np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+    y = np.array([[0.0, 1, 0], [0, 0, 1]])
+    found, shown = confidences(TaskKind.MULTICLASS, p, y)
+    assert (found[:, 0].tolist(), shown[:, 0].tolist()) == ([0.5, 0.6], [True, False])
+    found, shown = confidences(TaskKind.MULTILABEL, p, y)
+    assert np.array_equal(found, p)
+    assert np.array_equal(shown, y == 1)
+    found, shown = confidences(TaskKind.BINARY, p[:, :2], y[:, :2])
+    assert (found[:, 0].tolist(), shown[:, 0].tolist()) == ([0.5, 0.3], [True, False])
 
 
 def test_absent_class_is_not_a_number() -> None:
