@@ -82,6 +82,7 @@ NETWORKS = Registry(
         "mlp": "medistill.networks.mlp:MLP",
         "mobilenet": "medistill.networks.adapters:MobileNet",
         "resnet": "medistill.networks.resnet:ResNet",
+        "resnet18": "medistill.networks.resnet:ResNet18",
         "vit": "medistill.networks.vit:ViT",
     },
 )

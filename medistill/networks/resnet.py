@@ -70,6 +70,13 @@ class ResNet(Classifier):
         return hidden.flatten(2).mean(2)
 
 
+class ResNet18(ResNet):
+    """The paper's network of 18 layers and 64 channels, with instance normalisation."""
+
+    def __init__(self, task: Task, image_shape: tuple[int, ...]) -> None:
+        super().__init__(task, image_shape, width=64, depth=18)
+
+
 class _Block(nn.Module):
     """Two convolutions beside a shortcut, which is a convolution 1 wide where the shape changes."""
 

@@ -19,10 +19,10 @@ from tests.conftest import blobs
 
 TASK = Task.single_label(("normal", "benign", "malignant"))
 NAMES = NETWORKS.names()
-VOLUMES = ("convnet", "densenet121", "lenet", "mlp", "resnet", "vit")
+VOLUMES = ("convnet", "densenet121", "lenet", "mlp", "resnet", "resnet18", "vit")
 SHAPES = [(1, 28, 28), (3, 28, 28), (1, 64, 64), (3, 64, 64), (1, 30, 45)]
 #: Large bodies are slow to train and have nothing of their own beyond the adapter.
-LARGE = ("densenet121", "efficientnet", "mobilenet")
+LARGE = ("densenet121", "efficientnet", "mobilenet", "resnet18")
 
 
 def _names(*late: str) -> list[Any]:
@@ -31,7 +31,7 @@ def _names(*late: str) -> list[Any]:
 
 
 #: MONAI takes ten seconds to import, and large bodies are slow in every pass.
-EVERY, THOROUGH = _names("densenet121"), _names(*LARGE)
+EVERY, THOROUGH = _names("densenet121", "resnet18"), _names(*LARGE)
 
 
 def _made(name: str, shape: tuple[int, ...] = (1, 28, 28), seed: int = 0) -> Any:

@@ -61,6 +61,8 @@ def test_small_images_keep_their_resolution_in_the_stem() -> None:
 
 def test_registered_and_strict() -> None:
     assert NETWORKS.load("resnet") is ResNet
+    published = NETWORKS.load("resnet18")(TASK, (1, 64, 64))
+    assert (published.feature_count, len(list(published.stages))) == (512, 8)
     with pytest.raises(ConfigError, match="depth 10 or 18"):
         ResNet(TASK, (1, 28, 28), depth=12)
     with pytest.raises(ConfigError, match="norm"):
