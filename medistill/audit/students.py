@@ -212,25 +212,6 @@ def log_likelihoods(logits: Tensor, targets: Tensor, kind: TaskKind) -> Tensor:
     return (targets * logits.log_softmax(-1)).sum(-1, keepdim=True)
 
 
-def margins(logits: Tensor, targets: Tensor, kind: TaskKind) -> Tensor:
-    r"""Log-odds of the true label, :math:`\log p(y|x) - \log(1 - p(y|x))`, computed without taking the difference.
-
-    Args:
-        logits: Shape ``(..., n, k)``.
-        targets: Shape ``(n, k)``; the true label is the most probable one.
-        kind: Kind of the task.
-
-    Returns:
-        Shape ``(..., n, 1)``; for a multilabel task one entry a label, ``(..., n, k)``.
-    """
-    targets = targets.to(logits)
-    if kind is TaskKind.MULTILABEL:
-        return logits * (2 * targets.round() - 1)
-    own = F.one_hot(targets.argmax(-1), targets.shape[-1]).bool().expand_as(logits)
-    others = logits.masked_fill(own, -torch.inf).logsumexp(-1, keepdim=True)
-    return logits.masked_fill(~own, 0.0).sum(-1, keepdim=True) - others
-
-
 def halves(patients: tuple[str, ...], *, splits: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Images of a random half of the patients and of the other half, as masks of shape ``(n,)``, several times."""
     distinct = sorted(set(patients))

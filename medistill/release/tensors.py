@@ -56,6 +56,11 @@ def load_distilled(path_dir: Path) -> DistilledSet:
     Raises:
         ReleaseError: If a file is missing, damaged, of another schema version, or does not fit the other.
     """
+    if not (path_dir / RECIPE_FILE).is_file():
+        raise ReleaseError(
+            f"Expected a folder with a distilled set; found no {RECIPE_FILE} in it. Give the folder that "
+            "`medistill distill` or `medistill run` wrote, or a release."
+        )
     values = parse_json(_read(path_dir / RECIPE_FILE), name=RECIPE_FILE)
     if values.keys() != _FIELDS:
         raise ReleaseError(

@@ -14,7 +14,6 @@ from medistill.audit.students import (
     halves,
     log_likelihoods,
     log_odds,
-    margins,
 )
 from medistill.core.compute import Compute
 from medistill.core.task import TaskKind
@@ -87,25 +86,18 @@ def test_log_odds_are_the_inverse_of_probabilities(kind: TaskKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_likelihoods_and_margins_are_those_of_the_true_label(kind: TaskKind) -> None:
+def test_likelihoods_are_those_of_the_true_label(kind: TaskKind) -> None:
     targets = true_labels(kind, 6)
     logits = normal(2, *targets.shape, seed=3).double()
-    likely, margin = log_likelihoods(logits, targets, kind), margins(logits, targets, kind)
+    likely = log_likelihoods(logits, targets, kind)
     single = kind is not TaskKind.MULTILABEL
-    assert likely.shape == margin.shape == (2, 6, 1 if single else 3)
+    assert likely.shape == (2, 6, 1 if single else 3)
     for network in range(2):
         for image in range(6):
             sure = probabilities(kind, logits[network])[image]
             truth = targets[image].bool()
             of_truth = sure[truth] if single else torch.where(truth, sure, 1 - sure)
             torch.testing.assert_close(likely[network, image], of_truth.log())
-            torch.testing.assert_close(margin[network, image], (of_truth / (1 - of_truth)).log())
-
-
-def test_margins_stay_finite_where_probabilities_round_to_one() -> None:
-    logits = torch.tensor([[80.0, -80.0]])
-    assert margins(logits, torch.tensor([[1.0, 0.0]]), TaskKind.BINARY).item() == pytest.approx(160.0)
-    assert margins(logits, torch.tensor([[0.0, 1.0]]), TaskKind.BINARY).item() == pytest.approx(-160.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16), (1, 40, 40), (1, 12, 12, 12), (1, 20, 20, 20)])

@@ -117,11 +117,14 @@ def test_recipe_that_is_not_strict_json(tmp_path, text):
         load_distilled(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["recipe.json", "images.safetensors"])
-def test_missing_file(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("recipe.json", "folder with a distilled set"), ("images.safetensors", "Expected a readable")],
+)
+def test_missing_file(tmp_path, name, message):
     save_distilled(tmp_path, distilled_set(TWO, ipc=2))
     (tmp_path / name).unlink()
-    with pytest.raises(ReleaseError, match="Expected a readable"):
+    with pytest.raises(ReleaseError, match=message):
         load_distilled(tmp_path)
 
 
