@@ -125,7 +125,7 @@ def _positive(searched: _Searched, seed: int) -> tuple[ControlOutcome, ...]:
 def _mixed_control(searched: _Searched, seed: int) -> ControlOutcome:
     """Halves of two patients' images each; random pairs, whatever their class."""
     count = min(_MIXED, len(searched.train.unique_patients) // 2)
-    order = _one_image_each(searched.train, seed)
+    order = one_image_each(searched.train, seed)
     first, second = order[:count], order[count : 2 * count]
     images = (searched.train.images[first] + searched.train.images[second]) / 2
     found = searched.mixtures.search(images)
@@ -143,7 +143,7 @@ def _mixed_control(searched: _Searched, seed: int) -> ControlOutcome:
 def _noisy_control(searched: _Searched, seed: int) -> ControlOutcome:
     """Real images of attacked members under heavy noise."""
     inside = searched.balanced.of_patients(searched.members)
-    chosen = inside.select(_one_image_each(inside, seed)[:_MIXED])
+    chosen = inside.select(one_image_each(inside, seed)[:_MIXED])
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise on real images"))
     noise = _NOISE * torch.randn(chosen.images.shape, generator=generator)
     share, p_value = searched.lift((chosen.images + noise).clamp(0, 1))
@@ -253,8 +253,13 @@ def closest_pairs(
     )
 
 
-def _one_image_each(images: ImageSet, seed: int) -> list[int]:
-    """Positions of one image of each patient, patients in random order."""
+def one_image_each(images: ImageSet, seed: int) -> list[int]:
+    """Positions of one image of each patient, patients in random order.
+
+    Args:
+        images: What to choose from.
+        seed: Public seed.
+    """
     first = {patient: number for number, patient in reversed(list(enumerate(images.patients)))}
     generator = torch.Generator().manual_seed(derive_seed(seed, "order of patients"))
     positions = [first[patient] for patient in images.unique_patients]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ class CopyAlarm:
             pool: Images of all patients that could have been copied, and of others.
             reference: Images of people outside the pool, shape ``(r, c, h, w)``.
         """
-        return CopiesWithin(self, pool, reference)
+        return CopiesWithin(self.normalised, pool, reference)
 
     def nearest(self, released: Tensor, images: Tensor) -> tuple[list[int], list[float]]:
         """Position of the image that each released one correlates with most, and that correlation."""
@@ -85,16 +86,16 @@ class CopiesWithin:
     """A pool of patients with what images of strangers reach in it.
 
     Args:
-        alarm: How images are compared.
+        described: From images to rows of length 1 and mean 0, whose inner products say how alike images are.
         pool: Images of all patients that could have been copied, and of others.
         reference: Images of people outside the pool, shape ``(r, c, h, w)``.
     """
 
-    def __init__(self, alarm: CopyAlarm, pool: ImageSet, reference: Tensor) -> None:
-        self._alarm = alarm
+    def __init__(self, described: Callable[[Tensor], Floats], pool: ImageSet, reference: Tensor) -> None:
+        self._described = described
         self._names, of_image = np.unique(np.asarray(pool.patients), return_inverse=True)
         order = np.argsort(of_image, kind="stable")
-        self._pool = alarm.normalised(pool.images)[order]
+        self._pool = described(pool.images)[order]
         self._starts = np.flatnonzero(np.r_[True, np.diff(of_image[order]) > 0])
         _, self._usual_best, self._usual_gap = self._match(reference)
 
@@ -112,9 +113,13 @@ class CopiesWithin:
             correlation_limit=correlation_limit,
         )
 
+    def chance_of(self, gap: float, searched: int) -> float:
+        """Probability that strangers' images reach such a gap in a search; see :func:`limit_of_gaps`."""
+        return float(min(1.0, max(1, searched) * np.exp(-gap / max(float(self._usual_gap.mean()), 1e-12))))
+
     def _match(self, images: Tensor) -> tuple[NDArray[np.intp], Floats, Floats]:
         """Best patient of each image, the correlation with it, and its gap to the second-best patient."""
-        correlation = self._alarm.normalised(images) @ self._pool.T
+        correlation = self._described(images) @ self._pool.T
         per_patient = np.maximum.reduceat(correlation, self._starts, axis=1)
         ranked = np.argsort(per_patient, axis=1)
         rows = np.arange(len(images))

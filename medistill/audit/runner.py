@@ -11,6 +11,7 @@ from pathlib import Path
 from medistill.audit.attack import Exposed, Guilty, MembershipAttack, Prepared
 from medistill.audit.control import control_curator
 from medistill.audit.copies import Copies, conclude_copies, measure_copies
+from medistill.audit.edited_copies import search_edited
 from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
 from medistill.audit.one_run import audit_one_run
@@ -215,7 +216,13 @@ def _attacked(
         else:
             measured.append(found)
     copies = measure_copies(release, control, control_name=control_name, pool=pool, seed=means.seed)
-    outcomes = (*_concluded(measured, copies, pool, means, claim), *proved)
+    outcomes = [*_concluded(measured, copies, pool, means, claim)]
+    edits = search_edited(release, control, control_name=control_name, pool=pool, seed=means.seed)
+    if edits.controls[0].passed:
+        outcomes.append(edits)
+    else:
+        unable[edits.attack] = f"such edits cannot be recognised on these images ({edits.controls[0].observed})"
+    outcomes += proved
     refusals = means.policy.refusals(claim, len(pool.train.unique_patients))
     verdicts = [outcome.verdict for outcome in outcomes if not _informs_only(outcome)]
     verdicts += [Verdict.FAIL] if refusals else []
@@ -224,7 +231,7 @@ def _attacked(
     tested |= {"T7"} if proved else set()
     why = (f"{name.replace('_', ' ')}: {reason}" for name, reason in unable.items())
     return AuditReport(
-        outcomes=outcomes,
+        outcomes=tuple(outcomes),
         verdict=min(verdicts, key=_ORDER.index),
         threat_model=" ".join(THREATS[threat] for threat in sorted(tested)),
         members=len(pool.members),

@@ -94,7 +94,8 @@ def test_every_attack_has_a_positive_and_a_negative_control_that_pass(
     many_real: AuditReport, of_noise: AuditReport
 ) -> None:
     for report in (many_real, of_noise):
-        assert {entry.attack for entry in report.outcomes} == {"calibrated_neighbour", "copy_alarm"}
+        attacks = {entry.attack for entry in report.outcomes}
+        assert attacks == {"calibrated_neighbour", "copy_alarm", "edited_copies"}
         for entry in report.outcomes:
             kinds = [control.name.split(":")[0] for control in entry.controls]
             assert set(kinds) == {"positive", "negative"}

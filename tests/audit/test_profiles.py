@@ -68,7 +68,7 @@ def test_an_attack_says_what_it_asks_and_what_it_must_catch(name: str) -> None:
 
 def test_the_default_profile_makes_every_attack_beside_its_controls() -> None:
     report = examined()
-    assert [outcome.attack for outcome in report.outcomes] == [*PROFILES["default"], "copy_alarm"]
+    assert [outcome.attack for outcome in report.outcomes] == [*PROFILES["default"], "copy_alarm", "edited_copies"]
     for outcome in report.outcomes:
         assert {control.name.split(":")[0] for control in outcome.controls} == {"positive", "negative"}
     assert {text for text in THREATS.values() if text in report.not_tested} == {
@@ -81,7 +81,11 @@ def test_an_attack_the_data_give_no_power_to_is_named_as_not_tested(monkeypatch:
     few = {"by": "pixels", "fewest": 500}
     monkeypatch.setitem(PROFILES, "quick", {"calibrated_neighbour": {}, "reidentification": few})
     report = examined("quick")
-    assert [outcome.attack for outcome in report.outcomes] == ["calibrated_neighbour", "copy_alarm"]
+    assert [outcome.attack for outcome in report.outcomes] == [
+        "calibrated_neighbour",
+        "copy_alarm",
+        "edited_copies",
+    ]
     (why,) = (text for text in report.not_tested if text.startswith("reidentification"))
     assert "500" in why
     assert THREATS["T3"] in report.not_tested
@@ -98,7 +102,7 @@ def test_a_claimed_epsilon_is_attacked_and_held_against_the_policy(tmp_path: Pat
     release = distill(curator, method="surrogate", ipc=2, seed=1, settings={"surrogate": SURROGATE}).distilled
     report = audit(release, **PARTS, policy=AuditPolicy(profile="quick", fewest_patients=100, epsilon_max=3.0))
     names = [outcome.attack for outcome in report.outcomes]
-    assert names == ["calibrated_neighbour", "copy_alarm", "mechanism", "one_run"]
+    assert names == ["calibrated_neighbour", "copy_alarm", "edited_copies", "mechanism", "one_run"]
     assert report.verdict in (Verdict.FAIL, Verdict.INVALID)
     assert report.refusals == (f"Epsilon {release.privacy.epsilon:.3g} is above the policy's 3.",)
     assert THREATS["T7"] not in report.not_tested
