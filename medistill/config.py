@@ -8,6 +8,7 @@ relative to the current folder.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ from medistill.registry import DISTILLERS, nearest
 
 #: Sections that are checked as a whole once their values are legal.
 _IDENTIFYING = frozenset({"patients", "studies", "series"})
+_SHARED = ("seed", "ingest", "privacy", "distill", "audit", "evaluate")
 _RECORDS = ("ingest", "audit", "evaluate", "compute")
 _Problem = tuple[str, str]
 
@@ -384,6 +386,25 @@ class RunConfig(_Section):
         if isinstance(values, dict) and isinstance(values.get("networks"), str):
             return {**values, "networks": [values["networks"]]}
         return values
+
+
+def shareable(config: RunConfig) -> str:
+    """What of a configuration differs from the defaults and may leave, as YAML: no path, no address, no key.
+
+    Of the source only its kind is said, unless the images are made by a program.
+    """
+    values = json.loads(config.model_dump_json())
+    plain = RunConfig(output=config.output, source=config.source)
+    usual = json.loads(plain.model_dump_json())
+    told = {name: _changed(values[name], usual[name]) for name in _SHARED if values[name] != usual[name]}
+    source = values["source"] if isinstance(config.source, PhantomSection) else {"kind": values["source"]["kind"]}
+    return yaml.safe_dump({"source": source, **told}, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _changed(values: Any, usual: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(usual, dict):
+        return values
+    return {name: _changed(value, usual.get(name)) for name, value in values.items() if value != usual.get(name)}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

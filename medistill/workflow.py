@@ -27,6 +27,7 @@ from medistill.config import (
     PhantomSection,
     RunConfig,
     parse_config,
+    shareable,
 )
 from medistill.core.cohort import Cohort, Split
 from medistill.core.distilled import DistilledSet
@@ -266,8 +267,9 @@ class _Run:
         needing = [arm for arm in self.config.evaluate.arms if arm in CHOSEN_FROM_REAL]
         if needing and fewest < ipc:
             raise DataError(
-                f"The smallest class has {fewest} train images; arms of chosen real images need distill.ipc = {ipc}."
-                f" Ingest more images, lower distill.ipc, or leave {', '.join(needing)} out of evaluate.arms."
+                f"The smallest class has {fewest} train images; arms of chosen real images need distill.ipc = "
+                f"{ipc}. Ingest more images, lower distill.ipc, or leave them out of evaluate.arms: "
+                f"{', '.join(needing)}."
             )
 
     def distill(self) -> None:
@@ -384,7 +386,11 @@ class _Run:
             diagnosis=load_diagnosis(self.folder),
             cohort=cohort_summary(self.cohort()),
             snapshots=load_snapshots(self.folder),
-            commands=("medistill run run.yaml",),
+            commands=(
+                "medistill run run.yaml",
+                "# run.yaml, without the source of the images:",
+                shareable(self.config),
+            ),
             forced_reason=section.force_with_reason,
             licence=section.licence or None,
             signing_key=self._signing_key(),

@@ -370,7 +370,13 @@ def test_the_pipeline_by_its_command_line(cohort: Path, tmp_path: Path, monkeypa
     assert "http" not in page.replace("http-equiv", "")
 
 
-@pytest.mark.parametrize(("name", "sections"), [("compare_distillers", "data"), ("continual_learning", "sites")])
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        *((f"compare_{what}", "data") for what in ("distillers", "pediatric", "retinamnist")),
+        ("continual_learning", "sites"),
+    ],
+)
 def test_the_shipped_files_are_read(name: str, sections: str) -> None:
     _, found, rest = read_study(REPOSITORY / "configs" / f"{name}.yaml", sections)
     assert found

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from medistill.audit import AuditPolicy
-from medistill.config import check_settings, load_config, parse_config
+from medistill.config import check_settings, load_config, parse_config, shareable
 from medistill.core.reports import Verdict
 from medistill.errors import ConfigError
 from medistill.evaluate import EvaluationConfig
@@ -210,6 +211,29 @@ def test_overrides_reach_every_section(file: Path) -> None:
     assert config.release.accept == {Verdict.PASS, Verdict.NOT_ESTIMABLE}
 
 
+def test_what_may_be_shared_of_a_configuration_makes_the_same_run_elsewhere() -> None:
+    source = {"kind": "folder", "path": "/secret/films", "labels": "/secret/labels.csv"}
+    changes = {
+        "output": "/secret/run",
+        "seed": 3,
+        "ingest": {"size": 64, "fractions": {"train": 0.5, "validation": 0.2, "holdout": 0.2, "test": 0.1}},
+        "distill": {"method": "kernel_ridge", "ipc": 2, "settings": {"kernel_ridge": {"iterations": 7}}},
+        "evaluate": {"seeds": 1},
+        "release": {"sign_with": "/secret/hospital.key", "licence": "CC0-1.0"},
+    }
+    config = parse_config({"source": source, **changes}, name="run.yaml")
+    told = shareable(config)
+    assert "secret" not in told
+    values = yaml.safe_load(told)
+    assert values["source"] == {"kind": "folder"}
+    again = parse_config({**values, "source": source, "output": "elsewhere"}, name="run.yaml")
+    for name in ("seed", "ingest", "distill", "audit", "evaluate", "privacy"):
+        assert getattr(again, name) == getattr(config, name), name
+    phantom = {"kind": "phantom", "patients": 70}
+    made_up = shareable(parse_config({**PHANTOM, "source": phantom}, name="run.yaml"))
+    assert yaml.safe_load(made_up)["source"]["patients"] == 70
+
+
 def test_scientific_notation_in_a_file_is_a_number(file: Path) -> None:
     file.write_text(file.read_text() + "distill:\n  settings: {kernel_ridge: {rate: 1e-3}}\n")
     assert load_config(file).distill.settings["kernel_ridge"]["rate"] == 0.001
@@ -271,7 +295,10 @@ def test_environment_variables_stand_in_paths_and_must_be_set(monkeypatch: pytes
 
 
 #: Read by their pipelines and by the audit, and tested with them.
-STUDIES = {"compare_distillers.yaml", "continual_learning.yaml", "epsilon_sweep.yaml", "policy.yaml"}
+STUDIES = {
+    *("compare_distillers.yaml", "compare_pediatric.yaml", "compare_retinamnist.yaml"),
+    *("continual_learning.yaml", "epsilon_sweep.yaml", "policy.yaml"),
+}
 SHIPPED = [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if path.name not in STUDIES]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -26,6 +27,26 @@ app = typer.Typer(
     help="Turn medical images that may not be shared into a small synthetic *release* that trains a diagnostic "
     "model, with a privacy statement that can be checked.\n\n"
     "Start with `medistill demo`, then `medistill run CONFIG`.",
+)
+COMMANDS = "commands.txt"
+#: Options whose words are settings of the method.
+_PUBLIC_WORDS = frozenset(
+    {
+        *(
+            "kind",
+            "classes",
+            "no_class",
+            "label_column",
+            "volumes",
+            "fit",
+            "intensity",
+            "colour",
+            "burned_in",
+            "ocr",
+        ),
+        *("heads", "missing_patient", "method", "settings", "device", "engine", "delta", "profile", "network"),
+        *("licence", "published", "modality", "date"),
+    }
 )
 _options = {"quiet": False, "debug": False}
 
@@ -85,6 +106,42 @@ def options(
 ) -> None:
     """Options before the verb."""
     _options.update(quiet=quiet, debug=debug)
+
+
+def remember_command(context: typer.Context, folder: Path) -> None:
+    """Note the running command in a folder, for the report of the release that is made from it.
+
+    Numbers, switches and words of :data:`_PUBLIC_WORDS` stand as they were given; everything else, which may name
+    a patient, by the name of its option.
+    """
+    words = ["medistill", context.info_name or ""]
+    for option in context.command.params:
+        value = context.params[option.name or ""]
+        if option.param_type_name == "argument":
+            words.append((option.name or "").upper())
+        elif value != option.get_default(context) and value not in (None, False, (), []):
+            several = list(value) if isinstance(value, list | tuple) else [value]
+            for one in several:
+                words += [max(option.opts, key=len), *_shown(option.name or "", one)]
+    before = [kept for kept in noted_commands(folder) if kept.split()[:2] != words[:2]]
+    partial = folder / f".{COMMANDS}.partial"
+    partial.write_text("\n".join([*before, " ".join(words)]) + "\n", encoding="utf-8")
+    partial.replace(folder / COMMANDS)
+
+
+def _shown(name: str, value: object) -> list[str]:
+    if value is True:
+        return []
+    if isinstance(value, int | float) or name in _PUBLIC_WORDS:
+        return [shlex.quote(str(value))]
+    return [name.upper()]
+
+
+def noted_commands(folder: Path | None) -> tuple[str, ...]:
+    """Commands noted in a folder, the oldest first; none where there are none."""
+    if folder is None or not (folder / COMMANDS).is_file():
+        return ()
+    return tuple((folder / COMMANDS).read_text(encoding="utf-8").splitlines())
 
 
 def open_cohort(path: Path) -> Cohort:

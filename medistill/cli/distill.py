@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medistill.cli.app import app, guarded, open_cohort, progress
+from medistill.cli.app import app, guarded, noted_commands, open_cohort, progress, remember_command
 from medistill.cli.privacy import around, check_options, described, parse_delta
 from medistill.errors import ConfigError, OutputError
 
@@ -16,6 +16,7 @@ from medistill.errors import ConfigError, OutputError
 @app.command()
 @guarded
 def distill(
+    context: typer.Context,
     cohort: Annotated[Path, typer.Argument(help="Cohort folder made by ingest.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
     method: Annotated[str, typer.Option(help="auto, a distiller, or several joined by +.")] = "auto",
@@ -99,6 +100,7 @@ def distill(
         (out / stale).unlink(missing_ok=True)
     save_run_distilled(out, result.distilled, result.snapshots)
     remember_cohort(out, real)
+    remember_command(context, out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     typer.echo(f"{len(result.distilled)} images of {size} px in {out}")
 
@@ -129,6 +131,7 @@ def _policy(file: Path | None, profile: str | None) -> Any:
 @app.command()
 @guarded
 def audit(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
     cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
     policy: Annotated[Path | None, typer.Option(help="YAML of limits, like configs/policy.yaml.")] = None,
@@ -184,6 +187,7 @@ def audit(
         version=__version__,
     )
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    remember_command(context, run)
     for line in outcome_lines(report):
         typer.echo(line)
     for threat in report.not_tested:
@@ -199,6 +203,7 @@ def audit(
 @app.command()
 @guarded
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder made by distill.")],
     cohort: Annotated[Path, typer.Option(help="Cohort it was distilled from.")],
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per arm and network.")] = 3,
@@ -235,6 +240,7 @@ def evaluate(
         progress=progress(),
     )
     write_text(run / "diagnosis.json", json.dumps(report.to_json(), indent=2) + "\n")
+    remember_command(context, run)
     for arm in report.arms:
         called = f"{arm.network:<10} {arm.split:<8} {arm.arm:<15}"
         typer.echo(f"{called} {arm.images:>6} images  AUROC {arm.metrics['auroc']}")
@@ -247,6 +253,7 @@ def evaluate(
 @app.command()
 @guarded
 def release(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder with distilled/, audit.json and diagnosis.json.")],
     out: Annotated[Path, typer.Option(help="New release folder.")],
     cohort: Annotated[Path | None, typer.Option(help="Cohort, for the data-flow part of the report.")] = None,
@@ -276,6 +283,7 @@ def release(
     distilled = load_distilled(run / "distilled")
     report = load_audit(run)
     check_gate(report, accept=frozenset({Verdict.PASS}), forced_reason=force_with_reason)
+    remember_command(context, run)
     write_release(
         out,
         distilled=distilled,
@@ -283,7 +291,7 @@ def release(
         diagnosis=load_diagnosis(run),
         cohort=cohort_summary(open_cohort(cohort)) if cohort else None,
         snapshots=load_snapshots(run),
-        commands=("medistill ingest …", "medistill distill …", "medistill audit …", "medistill evaluate …"),
+        commands=(*noted_commands(cohort), *noted_commands(run)),
         forced_reason=force_with_reason,
         licence=licence or None,
         profile=load_profile(run),

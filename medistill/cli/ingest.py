@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medistill.cli.app import app, guarded, progress
+from medistill.cli.app import app, guarded, progress, remember_command
 from medistill.errors import ConfigError
 
 
@@ -59,6 +59,7 @@ class Volumes(StrEnum):
 @app.command()
 @guarded
 def ingest(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder, archive, file, https://… or dimse://TITLE@host:port.")],
     out: Annotated[Path, typer.Option(help="New cohort folder.")],
     labels: Annotated[Path | None, typer.Option(help="CSV keyed by SOPInstanceUID, PatientID or file.")] = None,
@@ -140,6 +141,7 @@ def ingest(
         jobs=jobs,
         engine=engine.value,
     )
+    remember_command(context, out)
     for name, counts in cohort.counts().items():
         typer.echo(f"{name:<11} {counts['images']:>7} images of {counts['patients']:>6} patients")
 

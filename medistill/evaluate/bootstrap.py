@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from medistill.core.reports import Estimate
 
 CONFIDENCE = 0.95
+#: Metrics that patients drawn twice raise: their draws are moved back by as much as they are too high on average.
+_RAISED = ("ece",)
 
 
 def patient_weights(patients: Sequence[str], *, draws: int, seed: int) -> NDArray[np.float64]:
@@ -66,6 +68,8 @@ def over_networks(
     for metric in values[0]:
         each = np.array([value[metric][0] for value in values])
         per_draw = np.mean([draw[metric] for draw in draws], axis=0)
+        if metric in _RAISED:
+            per_draw = np.maximum(per_draw - (np.nanmean(per_draw) - each.mean()), 0.0)
         estimates[metric] = percentile_estimate(float(each.mean()), per_draw, n=n)
         deviations[metric] = float(each.std(ddof=1)) if len(each) > 1 else 0.0
     return estimates, deviations

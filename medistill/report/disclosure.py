@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from medistill.core.reports import AuditReport, DiagnosticReport
@@ -46,6 +46,60 @@ def public_commands(commands: tuple[str, ...]) -> tuple[str, ...]:
     Relative paths stay; whoever passes the commands keeps names of patients out of them.
     """
     return tuple(_LOCATION.sub("PATH", _ADDRESS.sub("ADDRESS", command)) for command in commands)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Predictions of about the same probability.
+
+    Args:
+        predicted: Their mean.
+        observed: Share of them that was so.
+        share: Share of all predictions.
+    """
+
+    predicted: float
+    observed: float
+    share: float
+
+
+def joined_bins(bins: Sequence[tuple[float, float, float]], *, patients: int) -> tuple[Bin, ...]:
+    """Bins that hold ten patients' worth of predictions at least; smaller ones join the next one.
+
+    A bin of one or two images would show what these patients have. A last bin that is too small joins the one
+    before; means are weighted, so that those over all bins stay what they were.
+
+    Args:
+        bins: Mean prediction, share that was so, share of all predictions, by rising prediction.
+        patients: Patients behind the predictions.
+
+    Example:
+        >>> bins = [(0.1, 0.0, 0.5), (0.5, 1.0, 0.05), (0.9, 1.0, 0.45)]
+        >>> [round(one.share, 2) for one in joined_bins(bins, patients=100)]
+        [0.5, 0.5]
+    """
+    groups: list[list[tuple[float, float, float]]] = [[]]
+    for one in bins:
+        groups[-1].append(one)
+        if _share(groups[-1]) * patients >= STEP - 1e-9:
+            groups.append([])
+    rest = groups.pop()
+    if rest and groups:
+        groups[-1] += rest
+    return tuple(_joined(group) for group in groups)
+
+
+def _share(group: Sequence[tuple[float, float, float]]) -> float:
+    return math.fsum(share for _, _, share in group)
+
+
+def _joined(group: Sequence[tuple[float, float, float]]) -> Bin:
+    whole = _share(group)
+    return Bin(
+        predicted=math.fsum(predicted * share for predicted, _, share in group) / whole,
+        observed=math.fsum(observed * share for _, observed, share in group) / whole,
+        share=whole,
+    )
 
 
 def public_cohort(cohort: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,9 +163,16 @@ def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str,
         {
             **{name: value for name, value in asdict(arm).items() if name != "cpu_seconds"},
             "images": arm.images if arm.images == released else rounded(arm.images),
+            "reliability": [
+                (one.predicted, one.observed, one.share)
+                for one in joined_bins(
+                    arm.reliability, patients=min((e.n for e in arm.metrics.values()), default=0)
+                )
+            ],
         }
         for arm in diagnosis.arms
     ]
+    values["subgroups"] = [{**asdict(group), "patients": rounded(group.patients)} for group in diagnosis.subgroups]
     plain: dict[str, Any] = _plain(values)
     return plain
 

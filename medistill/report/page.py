@@ -10,37 +10,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from medistill.core.distilled import DistilledSet, Recipe, Schedule
-from medistill.core.reports import ArmResult, AttackOutcome, AuditReport, DiagnosticReport, Estimate, Verdict
+from medistill.core.distilled import DistilledSet, Schedule
+from medistill.core.reports import AttackOutcome, AuditReport, DiagnosticReport, Verdict
 from medistill.core.task import TaskKind
-from medistill.errors import DataError
-from medistill.ingest.quarantine import REASON_CODES
 from medistill.report import wording
-from medistill.report.disclosure import (
-    NOT_COVERED_NOTE,
-    ROUNDING_NOTE,
-    public_cohort,
-    public_commands,
-)
-from medistill.report.plots import Axis, Track, auroc_axis, full_axis, track
-from medistill.report.png import MIDDLE_SLICES, picture_source
-from medistill.report.templates import style, template
+from medistill.report.diagnosis import diagnosis_section
+from medistill.report.disclosure import NOT_COVERED_NOTE, ROUNDING_NOTE, public_commands
+from medistill.report.flow import data_flow
+from medistill.report.pictures import formation, pictures_by_class
+from medistill.report.plots import full_axis, track
+from medistill.report.png import MIDDLE_SLICES
+from medistill.report.templates import markup, style, template
 from medistill.report.wording import three_lines
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["render_report", "three_lines"]
 
-_MOST_PICTURES = 120
-_MOST_BARS = 5
-_STAGE_PICTURES = 6
 _VOLUME_AXES = 5
 _AUROC = "AUROC (0.5 is chance)"
+_CHECK = ("medistill verify RELEASE --key OWNER.pub",)
+_USE = ("medistill train RELEASE --out MODEL", "medistill predict MODEL FILE.dcm --out predictions.csv")
+_WORDS = {
+    "AUROC": "How well scores separate two kinds of patients: the chance that a patient with the finding scores "
+    "higher than one without. 0.5 is a coin, 1 is perfect.",
+    "average precision": "Mean share of true findings among the images that score highest, over all cut-offs; "
+    "chance is the share of images with the finding.",
+    "calibration error (ECE)": "Mean distance between predicted probability and what was so. 0 is best. Few "
+    "patients look less calibrated than many, so that its interval, from patients drawn again, can lie above it.",
+    "delta": "Small probability with which the bound of epsilon may fail.",
+    "diagnostic sensitivity": "Share of those with the finding who are found. Specificity: share of those without "
+    "who are left in peace. Both at a cut-off that was chosen on other patients. Harmonic mean and balanced "
+    "accuracy sum up the two.",
+    "epsilon": "Proved bound on what the release can tell about one patient, whatever an attacker knows. The "
+    "smaller the better; 0 would tell nothing.",
+    "hard label": "One class for each image, with no shares.",
+    "interval": "Range in which a figure would lie if other patients of the same kind had been drawn.",
+    "p-value": "How often chance alone would show this much. Small: chance is no good explanation. Large: nothing "
+    "was shown either way.",
+    "soft label": "The shares of the classes that a network is taught to answer for an image.",
+}
 _SYMBOLS = {Verdict.PASS: "✓", Verdict.FAIL: "✕", Verdict.INVALID: "!", Verdict.NOT_ESTIMABLE: "?"}
 
 
@@ -89,21 +100,27 @@ def render_report(
         summary=dict(zip(("What it is", "What is guaranteed", "What was measured"), summary, strict=True)),
         badges=_badges(distilled, audit),
         warnings=wording.warnings_of(distilled, audit, forced_reason),
-        classes=_classes(distilled),
+        classes=pictures_by_class(distilled),
         multilabel=distilled.task.kind is TaskKind.MULTILABEL,
         mosaic=len(distilled.views) if distilled.views is not None and distilled.views.are_tiles else 0,
         volumes=MIDDLE_SLICES if distilled.images.ndim == _VOLUME_AXES else "",
-        stages=_stages(distilled, snapshots),
+        stages=formation(distilled, snapshots),
         privacy=_privacy(distilled),
         audit=None if audit is None else _audit(audit, bool(snapshots)),
-        diagnosis=None if diagnosis is None else _diagnosis(diagnosis, released=len(distilled)),
-        flow=None if cohort is None else _flow(cohort),
+        diagnosis=None
+        if diagnosis is None
+        else markup(diagnosis_section(diagnosis, released=len(distilled), kind=distilled.task.kind)),
+        flow=data_flow(cohort, distilled),
         recipe=_recipe(distilled),
         versions={"medistill": distilled.recipe.version, **(versions or {})},
         commands=public_commands(commands),
         licence=licence,
         rounding_note=ROUNDING_NOTE,
         not_covered_note=NOT_COVERED_NOTE,
+        parts=template("parts.html.j2").module,
+        words=_WORDS,
+        check=_CHECK,
+        use=_USE,
     )
 
 
@@ -121,95 +138,6 @@ def _badges(distilled: DistilledSet, audit: AuditReport | None) -> list[dict[str
             "symbol": "–" if verdict is None else _SYMBOLS[verdict],
         },
     ]
-
-
-def _classes(distilled: DistilledSet) -> list[dict[str, Any]]:
-    """Per class its pictures with soft labels; of large sets the first ones of each class."""
-    names, labels = distilled.task.class_names, distilled.hard_labels.tolist()
-    limit = max(1, _MOST_PICTURES // len(names))
-    return [
-        {
-            "name": name,
-            "count": labels.count(c),
-            "five": labels.count(c) in (5, 10, 15, 20) and distilled.images.ndim < _VOLUME_AXES,
-            "pictures": [_picture(distilled, i) for i in _of_class(labels, c)[:limit]],
-        }
-        for c, name in enumerate(names)
-    ]
-
-
-def _of_class(labels: list[int], wanted: int) -> list[int]:
-    return [i for i, label in enumerate(labels) if label == wanted]
-
-
-def _picture(distilled: DistilledSet, index: int) -> dict[str, Any]:
-    names, own = distilled.task.class_names, int(distilled.hard_labels[index])
-    shares: list[float] = distilled.soft_labels[index].tolist()
-    order = list(range(len(names)))
-    if len(names) > _MOST_BARS:
-        order = sorted(order, key=lambda c: (-shares[c], c))[:_MOST_BARS]
-    spoken = ", ".join(f"{names[c]} {shares[c]:.2f}" for c in order)
-    what = "volume" if distilled.images.ndim == _VOLUME_AXES else "image"
-    return {
-        "number": index + 1,
-        "source": picture_source(distilled.images[index]),
-        "alt": f"Distilled {what} {index + 1} of {len(distilled)}, made for {names[own]}; soft label {spoken}",
-        "bars": [
-            {"name": names[c], "share": f"{shares[c]:.2f}", "width": f"{100 * shares[c]:.1f}", "own": c == own}
-            for c in order
-        ],
-        "others": len(names) - len(order),
-    }
-
-
-def _stages(distilled: DistilledSet, snapshots: Mapping[str, Tensor] | None) -> dict[str, Any] | None:
-    """A few images at each stage, the same ones throughout; nothing where the first stage would be a patient."""
-    if not snapshots:
-        return None
-    if distilled.recipe.starts_from_real:
-        return {"withheld": True, "rows": []}
-    for stage in snapshots.values():
-        if len(stage) != len(distilled):
-            raise DataError(f"Expected snapshots of {len(distilled)} images, got {len(stage)}.")
-    shown = _one_of_each(distilled)
-    names, labels = distilled.task.class_names, distilled.hard_labels.tolist()
-    rows = [
-        {
-            "name": stage.replace("_", " "),
-            "pictures": [
-                {
-                    "source": picture_source(images[i]),
-                    "alt": f"Image {i + 1}, made for {names[labels[i]]}, at stage {stage.replace('_', ' ')}",
-                }
-                for i in shown
-            ],
-        }
-        for stage, images in _in_order(snapshots, distilled.recipe)
-    ]
-    return {"withheld": False, "rows": rows, "numbers": [i + 1 for i in shown]}
-
-
-def _in_order(snapshots: Mapping[str, Tensor], recipe: Recipe) -> list[tuple[str, Tensor]]:
-    """Stages as they followed each other: the start, what belongs to each step of the recipe, then the rest.
-
-    Within a step the given order is kept; a file that sorted the names does not change the story.
-    """
-    steps = [step.distiller for step in recipe.steps]
-
-    def place(stage: str) -> int:
-        if stage == "start":
-            return -1
-        return next((i for i, name in enumerate(steps) if stage.startswith(name)), len(steps))
-
-    return sorted(snapshots.items(), key=lambda item: place(item[0]))
-
-
-def _one_of_each(distilled: DistilledSet) -> list[int]:
-    """The first image of every class, then the second of every class, as long as there is room."""
-    labels = distilled.hard_labels.tolist()
-    by_class = [_of_class(labels, c) for c in range(distilled.task.n_classes)]
-    order = [own[turn] for turn in range(distilled.ipc) for own in by_class if turn < len(own)]
-    return sorted(order[:_STAGE_PICTURES], key=lambda i: (labels[i], i))
 
 
 def _privacy(distilled: DistilledSet) -> dict[str, Any]:
@@ -261,7 +189,7 @@ def _attack(outcome: AttackOutcome) -> dict[str, Any]:
         "Smallest detectable AUROC": wording.number(limit) if outcome.auroc or usable else absent,
         "p-value (chance of this without any leak)": wording.p_value(outcome.p_value),
         **{f"Members found at {_rate(fpr)}": wording.interval(rate) for fpr, rate in outcome.tpr_at_fpr.items()},
-        **{key.replace("_", " "): f"{value:g}" for key, value in sorted(outcome.findings.items())},
+        **{key.replace("_", " "): f"{value:.4g}" for key, value in sorted(outcome.findings.items())},
     }
     return {
         "name": outcome.attack.replace("_", " "),
@@ -290,108 +218,6 @@ def _rate(fpr: str) -> str:
         return f"{float(fpr) * 100:g} % false alarms (TPR)"
     except ValueError:
         return fpr.replace("_", " ")
-
-
-def _diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str, Any]:
-    found = {metric for arm in diagnosis.arms for metric in arm.metrics}
-    metrics = [*(m for m in wording.METRICS if m in found), *sorted(found - wording.METRICS.keys())]
-    axis = auroc_axis([arm.metrics["auroc"] for arm in diagnosis.arms if "auroc" in arm.metrics])
-    confidences = sorted({e.confidence for arm in diagnosis.arms for e in arm.metrics.values()})
-    return {
-        "metrics": [wording.metric_label(metric) for metric in metrics],
-        "networks": [
-            {
-                "name": name,
-                "rows": [_arm(arm, metrics, axis, released) for arm in arms],
-                "classes": _class_rows(arms),
-            }
-            for name, arms in _by_network(diagnosis)
-        ],
-        "class_names": [wording.one_line(name) for name in diagnosis.class_names],
-        "axis": axis,
-        "confidence": " / ".join(f"{100 * confidence:g} %" for confidence in confidences),
-    }
-
-
-def _by_network(diagnosis: DiagnosticReport) -> list[tuple[str, list[ArmResult]]]:
-    names = dict.fromkeys(arm.network for arm in diagnosis.arms)
-    return [(name, [arm for arm in diagnosis.arms if arm.network == name]) for name in names]
-
-
-def _class_rows(arms: list[ArmResult]) -> list[dict[str, Any]]:
-    """AUROC of every class, for tasks where it is not the AUROC of all."""
-    return [
-        {
-            "arm": arm.arm.replace("_", " "),
-            "released": arm.arm.startswith("distilled"),
-            "split": arm.split.replace("_", " "),
-            "cells": [wording.interval(estimate) for estimate in arm.class_auroc.values()],
-        }
-        for arm in arms
-        if arm.class_auroc
-    ]
-
-
-def _arm(arm: ArmResult, metrics: list[str], axis: Axis, released: int) -> dict[str, Any]:
-    auroc: Estimate | None = arm.metrics.get("auroc")
-    place: Track | None = track(auroc, axis) if auroc else None
-    exact = arm.images == released
-    return {
-        "arm": arm.arm.replace("_", " "),
-        "meaning": wording.ARMS.get(arm.arm, ""),
-        "released": arm.arm.startswith("distilled"),
-        "network": arm.network,
-        "split": arm.split.replace("_", " "),
-        "images": str(arm.images) if exact else wording.at_least(arm.images),
-        "seeds": arm.seeds,
-        "patients": wording.at_least(min((e.n for e in arm.metrics.values()), default=0)),
-        "cells": [_cell(arm, metric) for metric in metrics],
-        "auroc": wording.interval(auroc),
-        "track": place,
-    }
-
-
-def _cell(arm: ArmResult, metric: str) -> dict[str, str]:
-    estimate = arm.metrics.get(metric)
-    if estimate is None or not math.isfinite(estimate.value):
-        return {"value": wording.NOT_ESTIMABLE, "interval": "", "seeds": ""}
-    deviation = arm.seed_deviation.get(metric)
-    return {
-        "value": f"{estimate.value:.3f}",
-        "interval": f"[{estimate.low:.3f}, {estimate.high:.3f}]",
-        "seeds": f"± {deviation:.3f} over seeds" if deviation is not None and arm.seeds > 1 else "",
-    }
-
-
-def _flow(cohort: Mapping[str, Any]) -> dict[str, Any]:
-    public = public_cohort(cohort)
-    counts: dict[str, dict[str, int]] = public["splits"]
-    columns = list(dict.fromkeys(column for row in counts.values() for column in row))
-    rows = [
-        {
-            "split": split,
-            "purpose": wording.SPLITS.get(split, ""),
-            "cells": [wording.at_least(row[column]) if column in row else "–" for column in columns],
-        }
-        for split, row in counts.items()
-        if any(cohort["splits"][split].values())
-    ]
-    quarantine = [
-        {"code": code, "sentence": REASON_CODES.get(code, ""), "files": wording.at_least(files)}
-        for code, files in public["quarantine"].items()
-        if cohort["quarantine"][code]
-    ]
-    return {
-        "columns": [name if name in ("images", "patients") else f"images: {name}" for name in columns],
-        "rows": rows,
-        "quarantine": quarantine,
-        "quarantine_known": "quarantine" in cohort,
-        "modality": [
-            {"name": name or "not given", "images": wording.at_least(images)}
-            for name, images in public["modality"].items()
-        ],
-        "profile": public["profile"],
-    }
 
 
 def _recipe(distilled: DistilledSet) -> dict[str, Any]:

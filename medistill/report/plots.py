@@ -46,7 +46,7 @@ class Track:
 
 def auroc_axis(estimates: Sequence[Estimate]) -> Axis:
     """An axis for AUROCs: 0.5 to 1, from the next lower tenth where an interval reaches below chance."""
-    lowest = min((estimate.low for estimate in estimates), default=0.5)
+    lowest = min((e.low for e in estimates if math.isfinite(e.value)), default=0.5)
     tenths = max(0, min(5, math.floor(lowest * 10 + 1e-9)))
     return Axis(low=tenths / 10, high=1.0, ticks=tuple(tick / 10 for tick in range(tenths, 11)))
 
@@ -60,6 +60,11 @@ def track(estimate: Estimate, axis: Axis) -> Track:
     """Place an estimate and its interval on an axis."""
     left, right = axis.position(estimate.low), axis.position(estimate.high)
     return Track(dot=axis.position(estimate.value), left=left, width=round(right - left, 2))
+
+
+def place(estimate: Estimate | None, axis: Axis) -> Track | None:
+    """As :func:`track`; nothing where nothing could be estimated."""
+    return None if estimate is None or not math.isfinite(estimate.value) else track(estimate, axis)
 
 
 def outline(heights: Sequence[float], *, top: float) -> str:

@@ -13,7 +13,7 @@ from medistill.report.chart import Point, Series, chart, colour
 from medistill.report.templates import markup, style, template
 from medistill.report.wording import mark, words
 
-ARMS = ("real", "random", "distilled", "distilled_hard")
+ARMS = ("real", "random", "random_soft", "herding", "distilled", "distilled_hard")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ sensitivity*; without differential privacy the best wording is "no leak found at
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medistill.core.distilled import DistilledSet, Recipe
@@ -28,14 +29,18 @@ VERDICTS = {
 }
 METRICS = {
     "auroc": "AUROC",
+    "average_precision": "average precision",
     "harmonic_mean": "harmonic mean",
     "diagnostic_sensitivity": "diagnostic sensitivity",
     "specificity": "specificity",
     "balanced_accuracy": "balanced accuracy",
+    "ece": "calibration error (ECE)",
 }
 ARMS = {
     "real": "all real training images",
     "random": "as many real images, drawn at random",
+    "random_soft": "as many real images, drawn at random, with soft labels of a network that saw all",
+    "herding": "as many real images, chosen to match the mean of their class",
     "coreset": "as many real images, chosen",
     "distilled": "this release, soft labels",
     "distilled_hard": "this release, hard labels",
@@ -87,6 +92,39 @@ def interval(estimate: Estimate | None) -> str:
     if estimate is None or not math.isfinite(estimate.value):
         return NOT_ESTIMABLE
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def cell(estimate: Estimate | None, *, seeds: float | None = None, signed: bool = False) -> dict[str, str]:
+    """An estimate, its interval and its deviation over trainings apart, for a narrow cell of a table.
+
+    Args:
+        estimate: What was measured.
+        seeds: Standard deviation over trainings.
+        signed: Whether it is a difference, of which every number has its sign.
+    """
+    if estimate is None or not math.isfinite(estimate.value):
+        return {"value": NOT_ESTIMABLE, "interval": "", "seeds": ""}
+    write = _signed if signed else "{:.3f}".format
+    return {
+        "value": write(estimate.value),
+        "interval": f"[{write(estimate.low)}, {write(estimate.high)}]",
+        "seeds": "" if seeds is None else f"± {seeds:.3f}",
+    }
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def ordered_metrics(found: Iterable[str]) -> list[str]:
+    """Metrics in the order of :data:`METRICS`, others after them."""
+    names = set(found)
+    return [*(name for name in METRICS if name in names), *sorted(names - METRICS.keys())]
+
+
+def is_released(arm: str) -> bool:
+    """Whether a training set is the release itself."""
+    return arm.startswith("distilled")
 
 
 def metric_label(name: str) -> str:
@@ -184,7 +222,7 @@ def _audit_clause(audit: AuditReport | None) -> str:
     power = weakest_power(audit)
     seen = f", able to see an AUROC of {power:.2f} or more" if power is not None else ""
     return (
-        f"Audit {audit.verdict.value}: {VERDICTS[audit.verdict]} "
+        f"Audit {words(audit.verdict.value)}: {VERDICTS[audit.verdict]} "
         f"({attacks} attack{'' if attacks == 1 else 's'} on {at_least(audit.members)} members and "
         f"{at_least(audit.non_members)} other patients{seen})"
     )

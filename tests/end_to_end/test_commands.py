@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from medistill.cli import app
 from medistill.core.cohort import Split
+from medistill.evaluate.arms import ARMS
 from medistill.ingest import load_cohort
 from medistill.release.verify import load_release
 
@@ -100,9 +101,12 @@ def test_audit_prints_controls_and_its_verdict_decides_the_exit_code(ran: dict[s
 
 
 def test_evaluate_compares_all_arms_on_both_splits(ran: dict[str, Result], place: Path) -> None:
-    rows = [line.split()[1:3] for line in ran["evaluate"].stdout.splitlines()]
-    arms = ("real", "random", "distilled", "distilled_hard")
-    assert sorted(rows) == sorted([split, arm] for arm in arms for split in ("test", "holdout"))
+    lines = ran["evaluate"].stdout.splitlines()
+    rows = [line.split()[1:3] for line in lines if "images" in line]
+    assert sorted(rows) == sorted([split, arm] for arm in ARMS for split in ("test", "holdout"))
+    assert [line.split()[1:5] for line in lines[len(rows) :]] == [
+        [split, "distilled", "-", "real"] for split in ("test", "holdout")
+    ]
     assert (place / "run" / "diagnosis.json").exists()
 
 
@@ -191,3 +195,16 @@ def test_another_cohort_is_refused(ran: dict[str, Result], place: Path) -> None:
         result = invoke(verb, place / "run", "--cohort", place / "other")
         assert result.exit_code == 1
         assert "another cohort" in result.stderr
+
+
+def test_the_report_says_how_the_release_was_made_and_never_where(ran: dict[str, Result], place: Path) -> None:
+    commands = json.loads((place / "release" / "card.json").read_text())["commands"]
+    assert [command.split()[1] for command in commands] == ["ingest", "distill", "audit", "evaluate", "release"]
+    assert commands[0] == "medistill ingest SOURCE --out OUT --labels LABELS --size 16"
+    assert "--ipc 1 --size 16 --set distribution_matching.networks=2 --set " in commands[1]
+    assert commands[3] == "medistill evaluate RUN --cohort COHORT --seeds 1"
+    assert "--licence CC0-1.0" in commands[4]
+    page = (place / "release" / "report.html").read_text()
+    assert commands[1] in page
+    assert str(place) not in page
+    assert REASON not in " ".join(commands)

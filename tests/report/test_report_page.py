@@ -14,6 +14,7 @@ from example_release import (
     cohort_summary,
     diagnostic_report,
     distilled_set,
+    full_diagnostic_report,
     snapshots,
 )
 
@@ -68,12 +69,19 @@ def report(distilled: DistilledSet, verdict: Verdict | None = Verdict.PASS, **ch
     return render_report(**{**arguments, **changed})
 
 
+def everything(names, **settings):
+    distilled = distilled_set(names, **settings)
+    return report(distilled, diagnosis=full_diagnostic_report(distilled))
+
+
 CASES = {
     "two classes": lambda: report(distilled_set(TWO)),
     "three classes, colour, private": lambda: report(distilled_set(THREE, ipc=7, channels=3, privacy=PRIVATE)),
     "starts from real, invalid, forced": lambda: report(
         distilled_set(TWO, init="real"), Verdict.INVALID, forced_reason="A comparison."
     ),
+    "everything measured": lambda: everything(TWO),
+    "everything measured, three classes": lambda: everything(THREE, ipc=7, channels=3, privacy=PRIVATE),
     "nothing measured": lambda: report(
         distilled_set(TWO), None, diagnosis=None, cohort=None, snapshots=None, commands=()
     ),
@@ -201,7 +209,10 @@ def test_stages_follow_the_recipe_even_when_names_were_sorted():
     distilled = distilled_set(TWO)
     stages = {name: distilled.images for name in ("distribution_matching", "kernel_ridge", "start")}
     words = Page(report(distilled, snapshots=stages)).words
-    assert "first to last. start distribution matching kernel ridge" in words
+    assert "13 : pneumonia start distribution matching kernel ridge 3. Privacy" in words
+    assert "They began as noise" in words
+    del stages["start"]
+    assert "They began as noise" not in Page(report(distilled, snapshots=stages)).words
 
 
 def test_stages_of_another_set_are_refused():
