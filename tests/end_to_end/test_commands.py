@@ -93,11 +93,16 @@ def test_distill_leaves_a_set_and_no_checkpoint(ran: dict[str, Result], place: P
 
 
 def test_audit_prints_controls_and_its_verdict_decides_the_exit_code(ran: dict[str, Result], place: Path) -> None:
-    verdict = json.loads((place / "run" / "audit.json").read_text())["verdict"]
+    audit = json.loads((place / "run" / "audit.json").read_text())
+    verdict = audit["verdict"]
     assert ran["audit"].stdout.strip().endswith(f"Verdict: {verdict}")
     assert (ran["audit"].exit_code == 0) == (verdict == "PASS")
-    assert ran["audit"].stdout.count("positive: ") == 4 + 3  # four attacks, and copies of three kinds
-    assert ran["audit"].stdout.count("negative: ") == 4 + 1
+    made = {o["attack"]: [c["name"].split(":")[0] for c in o["controls"]] for o in audit["outcomes"]}
+    edited = int("edited_copies" in made)  # at 16 px not every draw lets edits be recognised
+    assert all(set(kinds) == {"positive", "negative"} for kinds in made.values())
+    # Four attacks, copies of three kinds, and edited ones.
+    assert ran["audit"].stdout.count("positive: ") == 4 + 3 + edited
+    assert ran["audit"].stdout.count("negative: ") == 4 + 1 + edited
 
 
 def test_evaluate_compares_all_arms_on_both_splits(ran: dict[str, Result], place: Path) -> None:

@@ -133,7 +133,7 @@ def test_colour_reaches_the_receiver(colour: Kind) -> None:
     assert red > max(green, blue)  # the class is that of the red disc
     assert colour.json("model/model.json")["preprocessing"]["image_shape"] == [3, 16, 16]
     assert colour.auroc("real") > 0.9
-    assert "colour</th><td>rgb" in colour.text("release/report.html")
+    assert "Colour</th><td>kept" in colour.text("release/report.html")
 
 
 def test_every_class_has_its_own_auroc(colour: Kind) -> None:
