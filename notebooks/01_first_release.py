@@ -208,7 +208,7 @@ for made_for, shares in zip(release.hard_labels.tolist(), release.soft_labels.to
 #
 # If a control fails, the verdict is `INVALID`, and nothing follows about the release.
 #
-# The profile `quick` makes two attacks, so that this notebook takes a minute. Without it there are more: through
+# The profile `quick` makes few attacks, so that this notebook takes a minute. Without it there are more: through
 # the soft labels, through the means of the classes, and by distilling many releases like this one.
 
 # %%

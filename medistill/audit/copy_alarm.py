@@ -113,6 +113,11 @@ class CopiesWithin:
             correlation_limit=correlation_limit,
         )
 
+    @property
+    def closest_stranger(self) -> float:
+        """Largest correlation of an image of strangers with anybody in the pool."""
+        return float(self._usual_best.max())
+
     def chance_of(self, gap: float, searched: int) -> float:
         """Probability that strangers' images reach such a gap in a search; see :func:`limit_of_gaps`."""
         return float(min(1.0, max(1, searched) * np.exp(-gap / max(float(self._usual_gap.mean()), 1e-12))))

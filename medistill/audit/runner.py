@@ -218,10 +218,13 @@ def _attacked(
     copies = measure_copies(release, control, control_name=control_name, pool=pool, seed=means.seed)
     outcomes = [*_concluded(measured, copies, pool, means, claim)]
     edits = search_edited(release, control, control_name=control_name, pool=pool, seed=means.seed)
-    if edits.controls[0].passed:
-        outcomes.append(edits)
+    failed = [control for control in edits.controls if not control.passed]
+    if failed:
+        unable[edits.attack] = (
+            f"such edits cannot be recognised on these images ({failed[0].name}: {failed[0].observed})"
+        )
     else:
-        unable[edits.attack] = f"such edits cannot be recognised on these images ({edits.controls[0].observed})"
+        outcomes.append(edits)
     outcomes += proved
     refusals = means.policy.refusals(claim, len(pool.train.unique_patients))
     verdicts = [outcome.verdict for outcome in outcomes if not _informs_only(outcome)]
