@@ -220,9 +220,8 @@ def _attacked(
     edits = search_edited(release, control, control_name=control_name, pool=pool, seed=means.seed)
     failed = [control for control in edits.controls if not control.passed]
     if failed:
-        unable[edits.attack] = (
-            f"such edits cannot be recognised on these images ({failed[0].name}: {failed[0].observed})"
-        )
+        known = failed[0].name.partition(": ")[2]
+        unable[edits.attack] = f"such edits cannot be recognised on these images ({known}: {failed[0].observed})"
     else:
         outcomes.append(edits)
     outcomes += proved
