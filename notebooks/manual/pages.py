@@ -16,10 +16,10 @@ _SPELLED = {r"\lVert": "‖", r"\rVert": "‖", r"\arg": r"\operatorname{arg}"}
 
 
 def on_page_markdown(markdown: str, *, config: Any, **kwargs: Any) -> str:
-    """Put in the files that a page names; pictures that they take from docs/ lie beside the page."""
-    root = Path(config.config_file_path).parent
+    """Put in the files that a page names; pictures that they take from notebooks/manual/ lie beside the page."""
+    root = Path(config.config_file_path).parent.parent
     return _FILE.sub(lambda found: (root / found[1]).read_text(encoding="utf-8"), markdown).replace(
-        "](docs/", "]("
+        "](notebooks/manual/", "]("
     )
 
 
