@@ -190,7 +190,8 @@ def test_attacks_on_volumes_have_working_controls(solid: Kind) -> None:
     outcomes = solid.json("run/audit.json")["outcomes"]
     assert isinstance(outcomes, list)
     positive = [c for o in outcomes for c in o["controls"] if c["name"].startswith("positive")]
-    assert len(positive) == 4
+    edited = sum(o["attack"] == "edited_copies" for o in outcomes)  # small volumes may not let edits be recognised
+    assert len(positive) == 4 + edited
     assert [control["observed"] for control in positive if not control["passed"]] == []
 
 
