@@ -347,12 +347,13 @@ class _Run:
         return {"distill": self.digests["distill"], "evaluate": asdict(self.config.evaluate)}
 
     def evaluate(self) -> None:
+        cohort = self.cohort()
         report = evaluate(
             self.distilled(),
             train=self.images(Split.TRAIN),
             validation=self.images(Split.VALIDATION),
             tests={split.value: self.images(split) for split in _JUDGED},
-            attributes={split.value: self.cohort().split(split).attributes() for split in _JUDGED},
+            attributes={split.value: cohort.split(split).attributes() for split in _JUDGED},
             config=self.config.evaluate,
             seed=derive_seed(self.config.seed, "evaluate"),
             compute=self.config.compute,

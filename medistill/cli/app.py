@@ -32,20 +32,9 @@ COMMANDS = "commands.txt"
 #: Options whose words are settings of the method.
 _PUBLIC_WORDS = frozenset(
     {
-        *(
-            "kind",
-            "classes",
-            "no_class",
-            "label_column",
-            "volumes",
-            "fit",
-            "intensity",
-            "colour",
-            "burned_in",
-            "ocr",
-        ),
-        *("heads", "missing_patient", "method", "settings", "device", "engine", "delta", "profile", "network"),
-        *("licence", "published", "modality", "date"),
+        *("kind", "classes", "no_class", "label_column", "volumes", "fit", "intensity", "colour", "modality"),
+        *("burned_in", "ocr", "heads", "missing_patient", "method", "settings", "device", "engine", "delta"),
+        *("profile", "network", "licence", "published", "date"),
     }
 )
 _options = {"quiet": False, "debug": False}

@@ -228,12 +228,13 @@ def evaluate(
     distilled = load_distilled(run / "distilled")
     real, size = open_cohort(cohort), distilled.images.shape[-1]
     require_cohort(run, real)
+    judged = {name: real.split(name) for name in ("test", "holdout")}
     report = compare(
         distilled,
         train=real.split("train").images(size),
         validation=real.split("validation").images(size),
-        tests={name: real.split(name).images(size) for name in ("test", "holdout")},
-        attributes={name: real.split(name).attributes() for name in ("test", "holdout")},
+        tests={name: part.images(size) for name, part in judged.items()},
+        attributes={name: part.attributes() for name, part in judged.items()},
         config=EvaluationConfig(seeds=seeds, networks=tuple(network or ["convnet"])),
         seed=seed,
         compute=Compute(device=device),

@@ -193,6 +193,11 @@ class ArmResult:
     reliability: tuple[tuple[float, float, float], ...] = ()
     by_patient: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
+    @property
+    def patients(self) -> int:
+        """Patients behind the figures."""
+        return min((estimate.n for estimate in self.metrics.values()), default=0)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ArmResult:
         """Inverse of :func:`dataclasses.asdict`."""

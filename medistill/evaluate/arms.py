@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
 from medistill.core.images import ImageSet
-from medistill.core.task import TaskKind
 from medistill.distill import distill
 from medistill.distill.start import random_places
 from medistill.privacy.curator import OpenCurator
@@ -24,7 +22,7 @@ from medistill.registry import NETWORKS
 from medistill.seeds import derive_seed
 from medistill.training.students import Student, train_students
 from medistill.training.students import Trained as Answers
-from medistill.training.views import hard_views
+from medistill.training.views import hard_views, hardened
 
 ARMS: tuple[str, ...] = ("real", "random", "random_soft", "herding", "distilled", "distilled_hard")
 #: Arms that need as many real images of every class as the release has.
@@ -89,7 +87,8 @@ class Arms:
                 return chosen
             assert teacher is not None
             return replace(chosen, soft_labels=torch.from_numpy(np.asarray(teacher[places], dtype=np.float32)))
-        labels = made.soft_labels if arm == "distilled" else hardened(made)
+        hard = hardened(made.soft_labels, made.hard_labels, made.task)
+        labels = made.soft_labels if arm == "distilled" else hard
         views = made.views if arm == "distilled" else hard_views(made.views, labels)
         return TrainingSet(images=made.images, soft_labels=labels, schedule=made.schedule, views=views)
 
@@ -192,10 +191,3 @@ def _student(
         views=chosen.views,
         compute=arms.compute,
     )
-
-
-def hardened(distilled: DistilledSet) -> Tensor:
-    """Labels of 0 and 1, shape ``(n, k)``: the class of each image, or of several findings the rounded labels."""
-    if distilled.task.kind is TaskKind.MULTILABEL:
-        return (distilled.soft_labels >= 0.5).float()
-    return F.one_hot(distilled.hard_labels, distilled.task.n_classes).float()

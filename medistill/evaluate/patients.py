@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
 from medistill.core.images import ImageSet
@@ -30,7 +29,7 @@ from medistill.networks.convnet import ConvNet
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.students import Student, train_students
-from medistill.training.views import hard_views
+from medistill.training.views import hard_views, hardened
 
 Floats = NDArray[np.float64]
 _POSITIVE, _OUTSIDE = 1, 2
@@ -204,7 +203,7 @@ def _arms(
     for number in range(seeds):
         yield _Arm(name="real", images=train.images, soft_labels=train.targets, schedule=schedule, number=number)
     for name, made in distilled.items():
-        hard = F.one_hot(made.hard_labels, made.task.n_classes).float()
+        hard = hardened(made.soft_labels, made.hard_labels, made.task)
         taught = ((name, made.soft_labels, made.views), (f"{name}_hard", hard, hard_views(made.views, hard)))
         for arm, labels, views in taught:
             for number in range(seeds):

@@ -38,7 +38,6 @@ _RULES = {
     "max": "highest probability of any image",
     "vote": "share of the images on which the network decides for the class",
 }
-_TOO_FEW = "too few patients to be shown"
 _OBSERVED = {
     TaskKind.BINARY: "Predicted is the probability of {positive}, observed the share of images that show it.",
     TaskKind.MULTICLASS: "Predicted is the probability of the likeliest class, observed how often it is right.",
@@ -89,7 +88,7 @@ def _block(network: str, split: str, diagnosis: DiagnosticReport, axis: Axis, *,
     return {
         "network": wording.words(network),
         "split": wording.words(split),
-        "patients": wording.at_least(min(map(_patients, arms), default=0)),
+        "patients": wording.at_least(min((arm.patients for arm in arms), default=0)),
         "metrics": [wording.metric_label(metric) for metric in metrics],
         "rows": [_arm(arm, metrics, axis) for arm in arms],
         "classes": _classes(arms),
@@ -193,10 +192,6 @@ def _training_sets(diagnosis: DiagnosticReport, released: int) -> list[dict[str,
     ]
 
 
-def _patients(arm: ArmResult) -> int:
-    return min((estimate.n for estimate in arm.metrics.values()), default=0)
-
-
 def _arm(arm: ArmResult, metrics: Sequence[str], axis: Axis) -> dict[str, Any]:
     auroc = arm.metrics.get("auroc")
     seeds = arm.seed_deviation if arm.seeds > 1 else {}
@@ -265,16 +260,16 @@ def _reading(one: Difference) -> str:
 
 
 def _calibration(arm: ArmResult) -> dict[str, Any]:
-    bins = joined_bins(arm.reliability, patients=_patients(arm))
+    bins = joined_bins(arm.reliability, patients=arm.patients)
     error = wording.cell(arm.metrics.get("ece"))
-    numbers = "; ".join(spoken(one) for one in bins) or _TOO_FEW
+    numbers = "; ".join(spoken(one) for one in bins) or wording.TOO_FEW
     label = f"Reliability of {wording.words(arm.arm)}: {numbers}. ECE {error['value']} {error['interval']}".strip()
     return {
         **_names(arm),
         "error": error,
         "chart": markup(reliability_chart(bins, label=label)),
         "numbers": "; ".join(f"{one.predicted:.2f} → {one.observed:.2f} ({100 * one.share:.0f} %)" for one in bins)
-        or _TOO_FEW,
+        or wording.TOO_FEW,
     }
 
 

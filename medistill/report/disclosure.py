@@ -165,9 +165,7 @@ def public_diagnosis(diagnosis: DiagnosticReport, *, released: int) -> dict[str,
             "images": arm.images if arm.images == released else rounded(arm.images),
             "reliability": [
                 (one.predicted, one.observed, one.share)
-                for one in joined_bins(
-                    arm.reliability, patients=min((e.n for e in arm.metrics.values()), default=0)
-                )
+                for one in joined_bins(arm.reliability, patients=arm.patients)
             ],
         }
         for arm in diagnosis.arms

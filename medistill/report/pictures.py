@@ -10,6 +10,7 @@ from torch import Tensor
 from medistill.core.distilled import DistilledSet, Recipe
 from medistill.errors import DataError
 from medistill.report.png import picture_source
+from medistill.report.wording import words
 
 _MOST_PICTURES = 120
 _MOST_BARS = 5
@@ -81,11 +82,11 @@ def formation(distilled: DistilledSet, snapshots: Mapping[str, Tensor] | None) -
     names, labels = distilled.task.class_names, distilled.hard_labels.tolist()
     rows = [
         {
-            "name": stage.replace("_", " "),
+            "name": words(stage),
             "pictures": [
                 {
                     "source": picture_source(images[i]),
-                    "alt": f"Image {i + 1}, made for {names[labels[i]]}, at stage {stage.replace('_', ' ')}",
+                    "alt": f"Image {i + 1}, made for {names[labels[i]]}, at stage {words(stage)}",
                 }
                 for i in shown
             ],

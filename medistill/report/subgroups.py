@@ -13,7 +13,6 @@ from medistill.report.plots import Axis, auroc_axis, place
 SHOWN_ARMS = ("real", "distilled")
 _METRICS = ("auroc", "diagnostic_sensitivity", "specificity", "ece")
 _ATTRIBUTES = {"sex": "Sex", "age_band": "Age", "site": "Site", "view": "View"}
-_HIDDEN = "too few patients to be shown"
 _MOST_NAMED = 6
 
 
@@ -68,7 +67,9 @@ def _hidden(found: Sequence[SubgroupResult]) -> list[dict[str, str]]:
     """Groups that have none, by reason; where they are many, their number."""
     reasons: dict[str, dict[str, None]] = {}
     for one in found:
-        reasons.setdefault(wording.one_line(one.warning) or _HIDDEN, {})[wording.one_line(one.group)] = None
+        reasons.setdefault(wording.one_line(one.warning) or wording.TOO_FEW, {})[wording.one_line(one.group)] = (
+            None
+        )
     return [
         {"names": ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} groups", "reason": reason}
         for reason, names in reasons.items()

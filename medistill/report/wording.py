@@ -18,6 +18,7 @@ from medistill.report.disclosure import rounded
 
 _VOLUME_AXES = 5
 NOT_ESTIMABLE = "not estimable"
+TOO_FEW = "too few patients to be shown"
 NOT_AUDITED = "NOT AUDITED"
 WEAK_GUESS = 0.96  #: a guarantee is called weak when a guess can be right more often (epsilon above 3.1)
 

@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional as F
 
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet, Schedule, ViewLabels
 from medistill.core.images import ImageSet, averaged
 from medistill.core.protocols import Synthetic
-from medistill.core.task import Task, TaskKind
+from medistill.core.task import Task
 from medistill.distill import distill
 from medistill.distill.schedule import DEFAULT_SCHEDULE, choose_schedule
 from medistill.errors import ConfigError, MedistillError
@@ -41,7 +40,7 @@ from medistill.seeds import derive_seed
 from medistill.studies.budget import Cost, probe, share_budget
 from medistill.studies.records import keep_record
 from medistill.training.students import Student, train_student, train_students
-from medistill.training.views import hard_views, pictures
+from medistill.training.views import hard_views, hardened, pictures
 
 #: The schedule by which all methods are compared as well, beside the one chosen for each.
 COMMON_SCHEDULE = Schedule(epochs=300, learning_rate=0.01)
@@ -234,12 +233,6 @@ class _Labels:
         return self.views is None and other.views is None and torch.equal(self.targets, other.targets)
 
 
-def _hardened(made: Synthetic, task: Task) -> Tensor:
-    if task.kind is TaskKind.MULTILABEL:
-        return (made.soft_labels >= 0.5).float()
-    return F.one_hot(made.hard_labels, task.n_classes).float()
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Judge:
     """Trains students of one architecture and tests them."""
@@ -263,7 +256,7 @@ class _Judge:
             schedules = {"chosen": chosen[0].schedule, "common": COMMON_SCHEDULE}
         labels = {"soft": _Labels(targets=made.soft_labels, views=made.views)}
         if not whole:
-            hard = _hardened(made, self.test.task)
+            hard = hardened(made.soft_labels, made.hard_labels, self.test.task)
             labels["hard"] = _Labels(targets=hard, views=hard_views(made.views, hard))
         arms: dict[str, Any] = {}
         draws: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from medistill.core.distilled import ViewLabels
+from medistill.core.task import Task, TaskKind
 
 #: Largest ratio of a crop's side to what it would be in a square crop, in both directions.
 _MAX_STRETCH = math.sqrt(4 / 3)
@@ -80,6 +81,19 @@ def picture_labels(soft_labels: Tensor, views: ViewLabels | None) -> Tensor:
     if views is None or not views.are_tiles:
         return soft_labels
     return views.soft_labels.transpose(0, 1).flatten(0, 1)
+
+
+def hardened(soft_labels: Tensor, hard_labels: Tensor, task: Task) -> Tensor:
+    """Labels of 0 and 1, shape ``(n, k)``: the class of each image, or of several findings the rounded labels.
+
+    Args:
+        soft_labels: Shape ``(n, k)``.
+        hard_labels: Class of each image, shape ``(n,)``.
+        task: What is diagnosed.
+    """
+    if task.kind is TaskKind.MULTILABEL:
+        return (soft_labels >= 0.5).float()
+    return F.one_hot(hard_labels, task.n_classes).float()
 
 
 def hard_views(views: ViewLabels | None, labels: Tensor) -> ViewLabels | None:
