@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from medistill import __version__, registry
 from medistill.cli import app
+from medistill.cli.app import noted_commands, remember_command
 from medistill.core.distilled import Schedule
 from medistill.core.reports import Verdict
 from medistill.errors import GateError, MedistillError
@@ -303,6 +305,43 @@ def test_ctrl_c_ends_the_processes_leaves_nothing_and_exits_130(tmp_path: Path) 
     assert "Traceback" not in errors
     assert errors.strip().split("\n")[-1].startswith("interrupted: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_noted_command_holds_settings_and_nothing_that_could_name_a_patient(tmp_path: Path) -> None:
+    app_of_one = typer.Typer(add_completion=False)
+
+    @app_of_one.command()
+    def ingest(
+        context: typer.Context,
+        source: str,
+        out: Path,
+        size: int = 256,
+        date: str = "",
+        study: list[str] | None = None,
+        classes: str = "",
+    ) -> None:
+        remember_command(context, out)
+
+    asked = [
+        "ward/DOE^JANE",
+        str(tmp_path),
+        "--size",
+        "64",
+        "--date",
+        "20240229",
+        "--study",
+        "1.2.3",
+        "--study",
+        "4.5",
+    ]
+    result = CliRunner().invoke(app_of_one, [*asked, "--classes", "healthy,ill"])
+    assert result.exit_code == 0, result.output
+    (line,) = noted_commands(tmp_path)
+    assert line.split()[2:] == [
+        *("SOURCE", "OUT", "--size", "64", "--date", "DATE", "--study", "STUDY", "--study", "STUDY"),
+        *("--classes", "healthy,ill"),
+    ]
+    assert not re.search("DOE|2024|1[.]2", line)
 
 
 # -- small commands ---------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ _PUBLIC_WORDS = frozenset(
     {
         *("kind", "classes", "no_class", "label_column", "volumes", "fit", "intensity", "colour", "modality"),
         *("burned_in", "ocr", "heads", "missing_patient", "method", "settings", "device", "engine", "delta"),
-        *("profile", "network", "licence", "published", "date"),
+        *("profile", "network", "licence", "published"),
     }
 )
 _options = {"quiet": False, "debug": False}
