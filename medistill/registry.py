@@ -83,6 +83,7 @@ NETWORKS = Registry(
         "mobilenet": "medistill.networks.adapters:MobileNet",
         "resnet": "medistill.networks.resnet:ResNet",
         "resnet18": "medistill.networks.resnet:ResNet18",
+        "ridge_convnet": "medistill.networks.ridge_convnet:RidgeConvNet",
         "vit": "medistill.networks.vit:ViT",
     },
 )

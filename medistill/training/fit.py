@@ -12,8 +12,9 @@ from medistill.core.distilled import Schedule, ViewLabels
 from medistill.core.task import TaskKind
 from medistill.progress import Progress
 from medistill.training.augment import augment
+from medistill.training.closed_form import SolvedHead, solve_head
 from medistill.training.objectives import objective, probabilities
-from medistill.training.views import crop
+from medistill.training.views import crop, picture_labels, pictures
 
 _CACHED_PIXELS = 1 << 16
 _DEVICE_BATCH = 512
@@ -33,6 +34,9 @@ def fit(
 ) -> nn.Module:
     """Train a network in place; there is no parameter through which test images could enter.
 
+    A network whose head is solved (:class:`medistill.training.closed_form.SolvedHead`) sees every image, or every
+    tile of mosaics, once and as it is; the schedule and the seed are not used.
+
     Args:
         network: Freshly initialised; moved to the device.
         images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)`` in ``[0, 1]``; on the CPU, batches go to the device.
@@ -49,6 +53,8 @@ def fit(
         The same network in evaluation mode.
     """
     progress, compute = progress or Progress(), compute or Compute()
+    if isinstance(network, SolvedHead):
+        return _solved(network, images, soft_labels, kind=kind, compute=compute, views=views, progress=progress)
     network = compute.ready(network)
     generator = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(network, schedule)
@@ -80,6 +86,26 @@ def fit(
     return network.eval()
 
 
+def _solved(
+    network: nn.Module,
+    images: Tensor,
+    soft_labels: Tensor,
+    *,
+    kind: TaskKind,
+    compute: Compute,
+    views: ViewLabels | None,
+    progress: Progress,
+) -> nn.Module:
+    network = network.to(compute.device).eval()
+    assert isinstance(network, SolvedHead)
+    images, soft_labels = pictures(images, views), picture_labels(soft_labels, views)
+    parts = batches_of(images, compute)
+    labels = torch.split(soft_labels, len(parts[0]))
+    shown = progress.track(zip(parts, labels, strict=True), "solving", total=len(parts))
+    solve_head(network, ((compute.put(x), compute.put(y)) for x, y in shown), images=len(images), kind=kind)
+    return network
+
+
 def _viewed(images: Tensor, views: ViewLabels, epoch: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """An epoch's crops of some images, and the labels of these crops; without an index, of all."""
     number, some = epoch % len(views), slice(None) if index is None else index
@@ -104,8 +130,13 @@ def predict(network: nn.Module, images: Tensor, *, kind: TaskKind, compute: Comp
     """Class probabilities of shape ``(n, k)`` on the CPU, computed in batches."""
     compute = compute or Compute()
     network.eval()
-    batches = cache_sized(images) if compute.device_type == "cpu" else torch.split(images, _DEVICE_BATCH)
+    batches = batches_of(images, compute)
     return torch.cat([probabilities(kind, network(compute.put(batch))).cpu() for batch in batches])
+
+
+def batches_of(images: Tensor, compute: Compute) -> tuple[Tensor, ...]:
+    """Images in the batches that forward passes without gradients are fastest in."""
+    return cache_sized(images) if compute.device_type == "cpu" else torch.split(images, _DEVICE_BATCH)
 
 
 def cache_sized(images: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from tests.conftest import blobs
 
 TASK = Task.single_label(("normal", "benign", "malignant"))
 NAMES = NETWORKS.names()
-VOLUMES = ("convnet", "densenet121", "lenet", "mlp", "resnet", "resnet18", "vit")
+VOLUMES = ("convnet", "densenet121", "lenet", "mlp", "resnet", "resnet18", "ridge_convnet", "vit")
 SHAPES = [(1, 28, 28), (3, 28, 28), (1, 64, 64), (3, 64, 64), (1, 30, 45)]
 #: Large bodies are slow to train and have nothing of their own beyond the adapter.
 LARGE = ("densenet121", "efficientnet", "mobilenet", "resnet18")
@@ -148,6 +148,8 @@ def test_what_is_no_image_is_refused(name: str, shape: tuple[int, ...]) -> None:
         ("lenet", (1, 8, 8), {}, "lenet: expected sides of at least 12 px, got 8"),
         ("alexnet", (1, 28, 4), {}, "alexnet: expected sides of at least 8 px, got 4"),
         ("alexnet", (1, 28, 28), {"norm": "layer"}, "norm to be one of instance, group, batch, none"),
+        ("ridge_convnet", (1, 28, 28), {"members": 0}, "members >= 1 and ridge > 0, got 0"),
+        ("ridge_convnet", (1, 28, 28), {"ridge": 0.0}, "got 4 and 0.0"),
         ("vit", (1, 28, 28), {"width": 90}, "expected a width"),
         ("vit", (1, 28, 28), {"stem": "conv"}, "stem 'convolution' or 'patch', got 'conv'"),
         ("mlp", (1, 28, 28), {"depth": 0}, "depth >= 1"),
