@@ -24,6 +24,8 @@ SYLLABLES = np.array(
     ]
 )
 
+HOSPITALS = ("Keltavul", "Morfenba", "Sulpeljor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
@@ -100,7 +102,7 @@ def draw_person(rng: np.random.Generator, index: int) -> Person:
         sex=str(rng.choice(["F", "M"])),
         address=f"{rng.integers(1, 400)} {_word(rng, 3)} Lane, {_word(rng, 2)}ville",
         telephone=f"000-{_digits(rng, 7)}",
-        institution=f"{_word(rng, 3)} Phantom Hospital",
+        institution=f"{HOSPITALS[rng.integers(len(HOSPITALS))]} Phantom Hospital",
         physician=f"{_word(rng, 3)}^{_word(rng, 2)}^^Dr",
         radiologist=f"{_word(rng, 3)}^{_word(rng, 2)}^^Dr",
         operator=f"{_word(rng, 2)}^{_word(rng, 2)}",
