@@ -49,7 +49,7 @@ class Registry:
         Raises:
             ConfigError: If the name is unknown; the message names the nearest one.
         """
-        targets = self._all()
+        targets = self.targets if name in self.targets else self._all()  # a search among all packages is slow
         if name not in targets:
             known = ", ".join(sorted(targets))
             raise ConfigError(f"Unknown {self.kind} {name!r}.{nearest(name, targets)} Known: {known}.")
@@ -90,6 +90,7 @@ NETWORKS = Registry(
 ATTACKS = Registry(
     kind="attacks",
     targets={
+        "attribute_inference": "medistill.audit.attribute_inference:AttributeInference",
         "calibrated_neighbour": "medistill.audit.calibrated_neighbour:CalibratedNeighbour",
         "copy_alarm": "medistill.audit.copy_alarm:CopyAlarm",
         "label_leakage": "medistill.audit.label_leakage:LabelLeakage",

@@ -49,12 +49,13 @@ def audit_existing(
 ) -> Verdict:
     """Read the images, attack them, and write what was found."""
     real = load_cohort(cohort)
-    train, holdout, reference = (
-        real.split(part).images(size) for part in (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION)
+    names = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
+    parts = {part: real.split(name).images(size) for part, name in names.items()}
+    known = {part: real.split(name).attributes() for part, name in names.items()}
+    release = read_pictures(pictures, table, task=real.task, image_shape=tuple(parts["train"].images.shape[1:]))
+    report = audit_images(
+        release, **parts, attributes=known, policy=policy, seed=seed, progress=TerminalProgress()
     )
-    release = read_pictures(pictures, table, task=real.task, image_shape=tuple(train.images.shape[1:]))
-    parts = {"train": train, "holdout": holdout, "reference": reference}
-    report = audit_images(release, **parts, policy=policy, seed=seed, progress=TerminalProgress())
     out.mkdir(parents=True, exist_ok=True)
     write_audit(out, report, release, statement=None, **parts, version=__version__)
     for line in outcome_lines(report):

@@ -75,7 +75,10 @@ def hospital_release(s: Settings, private: Path, show: TerminalProgress) -> None
     # Audit: attacks on patients, each beside its controls. A measurement, never a guarantee.
     parts = {"train": train, "holdout": holdout, "reference": validation}
     policy = AuditPolicy(profile="quick" if s.quick else "default")
-    report = audit(made.distilled, **parts, policy=policy, seed=SEED, folder=kept, progress=show)
+    names = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
+    known = {part: cohort.split(name).attributes() for part, name in names.items()}
+    stored = {"folder": kept, "controls": private / "controls"}
+    report = audit(made.distilled, **parts, attributes=known, policy=policy, seed=SEED, **stored, progress=show)
     show.say(f"audit: {report.verdict.value}")
 
     # Evaluate: what the images are worth beside real ones, on patients on whom nothing was chosen.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,6 +87,34 @@ class Prepared(Protocol):
 
     def score(self, release: Exposed, candidates: ImageSet) -> Floats:
         """One number for each of ``candidates.unique_patients``, in that order; higher: more likely a member."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What an attack found beside its scores.
+
+    Args:
+        findings: Named numbers.
+        excess: Right guesses of an attribute that the release adds for members beyond what it adds for others, as
+            a share; the lower limit of the attribute with the largest.
+    """
+
+    findings: Mapping[str, float] = field(default_factory=dict)
+    excess: float = 0.0
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A prepared attack that has more to say than scores, once it is known who is a member."""
+
+    def details(self, release: Exposed, candidates: ImageSet, members: frozenset[str]) -> Details:
+        """What was found beside the scores.
+
+        Args:
+            release: What is attacked.
+            candidates: Everybody attacked.
+            members: Who of them is a member.
+        """
 
 
 class MembershipAttack(Protocol):

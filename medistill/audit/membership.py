@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from medistill.audit import statistics
-from medistill.audit.attack import Exposed, Floats, Guilty, MembershipAttack, Prepared
+from medistill.audit.attack import Detailed, Details, Exposed, Floats, Guilty, MembershipAttack, Prepared
 from medistill.audit.policy import AuditPolicy
 from medistill.audit.pool import Pool
 from medistill.core.images import ImageSet
@@ -57,6 +57,7 @@ class Measured:
         tests: How many tests that were.
         controls: Positive and negative.
         worst_class: Index and AUROC of the class with the largest AUROC, among those that have enough members.
+        details: What it found beside the scores.
     """
 
     attack: str
@@ -68,6 +69,7 @@ class Measured:
     tests: int
     controls: tuple[ControlOutcome, ...]
     worst_class: tuple[int, Estimate] | None
+    details: Details
 
 
 def measure(
@@ -117,6 +119,7 @@ def measure(
             _negative(prepared, control, control_name, pool),
         ),
         worst_class=_worst_class(scores, policy.class_patients),
+        details=_details(prepared, release, pool),
     )
 
 
@@ -146,6 +149,12 @@ def _positive(made: MembershipAttack, prepared: Prepared, guilty: Guilty) -> Con
 
 def _scored(prepared: Prepared, release: Exposed, pool: Pool) -> Scores:
     return split_scores(prepared.score(release, pool.candidates), pool.candidates, pool.members)
+
+
+def _details(prepared: Prepared, release: Exposed, pool: Pool) -> Details:
+    if not isinstance(prepared, Detailed):
+        return Details()
+    return prepared.details(release, pool.candidates, pool.members)
 
 
 def _negative(prepared: Prepared, control: Exposed, name: str, pool: Pool) -> ControlOutcome:
@@ -195,6 +204,7 @@ def conclude(
     exposed = [rate.high for fpr, rate in measured.rates.items() if rate is not None and fpr <= _SMALL_FPR]
     contradicted = ceiling is not None and found and max(area.low, 1 - area.high) > ceiling
     within = max(area.high, 1 - area.low) <= policy.auroc_high and max(exposed, default=0.0) <= policy.tpr_high
+    within &= measured.details.excess <= policy.attribute_excess
     verdict = _verdict(
         valid=all(control.passed for control in measured.controls),
         within=within and not contradicted,
@@ -217,7 +227,7 @@ def conclude(
 
 
 def _findings(measured: Measured, classes: tuple[str, ...], ceiling: float | None) -> dict[str, float]:
-    found: dict[str, float] = {}
+    found = dict(measured.details.findings)
     if measured.worst_class is not None:
         number, area = measured.worst_class
         found[f"largest_auroc_of_a_class_({classes[number]})"] = round(area.value, 3)

@@ -20,12 +20,17 @@ THREATS = {
     "T8": "Who holds several releases of one hospital (T8).",
 }
 #: Attacks whose power is a matter of the data: where the positive control fails, the threat counts as not tested.
-UNCERTAIN = frozenset({"reidentification"})
+UNCERTAIN = frozenset({"attribute_inference", "reidentification"})
+#: Profiles that also search the pictures of a class together.
+RECONSTRUCTING = frozenset({"default", "full"})
+#: Attacks that are given what is known of patients beside their images.
+ATTRIBUTED = frozenset({"attribute_inference"})
 _DEFAULT: dict[str, dict[str, Any]] = {
     "calibrated_neighbour": {},
     "tracing": {},
     "label_leakage": {},
     "shadow": {},
+    "attribute_inference": {},
 }
 #: Attacks on membership of each profile with their settings; copies and mixtures are always searched for.
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
@@ -44,6 +49,8 @@ class AuditPolicy:
         auroc_high: The interval of a membership AUROC must end below this, and begin above one minus this.
         tpr_high: The interval of every true-positive rate at a false-positive rate of 0.01 or less must end below
             this, where it can be resolved.
+        attribute_excess: Right guesses of a patient's attribute that the release adds for members, beyond what it
+            adds for others, as a share: its interval must begin below this.
         fprs: False-positive rates at which the true-positive rate is reported.
         alpha: A membership result with a smaller p-value, after Holm's correction over all attacks, is found.
         fewest_patients: Patients attacked in all, below which the audit cannot pass.
@@ -61,6 +68,7 @@ class AuditPolicy:
     profile: str = "default"
     auroc_high: float = 0.60
     tpr_high: float = 0.05
+    attribute_excess: float = 0.05
     fprs: tuple[float, ...] = (0.01, 0.1)
     alpha: float = 0.01
     fewest_patients: int = 200
@@ -75,6 +83,7 @@ class AuditPolicy:
                 (self.profile in PROFILES, f"profile one of {', '.join(PROFILES)}, got {self.profile!r}"),
                 (0.5 < self.auroc_high < 1, f"0.5 < auroc_high < 1, got {self.auroc_high}"),
                 (0 < self.tpr_high < 1, f"0 < tpr_high < 1, got {self.tpr_high}"),
+                (0 < self.attribute_excess < 1, f"0 < attribute_excess < 1, got {self.attribute_excess}"),
                 (all(0 < fpr < 1 for fpr in self.fprs), "every one of fprs between 0 and 1"),
                 (0 < self.alpha < 1, f"0 < alpha < 1, got {self.alpha}"),
                 (self.fewest_patients >= 1, f"fewest_patients >= 1, got {self.fewest_patients}"),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medistill.audit.attack import Exposed, Guilty, MembershipAttack, Prepared
-from medistill.audit.control import control_curator
+from medistill.audit.control import Controls
 from medistill.audit.copies import Copies, conclude_copies, measure_copies
-from medistill.audit.edited_copies import search_edited
+from medistill.audit.guesses import Known, attributes_of_patients
 from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
 from medistill.audit.one_run import audit_one_run
-from medistill.audit.policy import PROFILES, THREATS, UNCERTAIN, AuditPolicy
+from medistill.audit.policy import ATTRIBUTED, PROFILES, THREATS, UNCERTAIN, AuditPolicy
 from medistill.audit.pool import Pool, draw_pool
 from medistill.audit.replay import audit_replay
+from medistill.audit.searches import search_further
 from medistill.audit.statistics import holm
 from medistill.core.compute import Compute
 from medistill.core.distilled import DistilledSet
@@ -25,13 +26,14 @@ from medistill.core.guarantee import PrivacyStatement
 from medistill.core.images import ImageSet
 from medistill.core.reports import AttackOutcome, AuditReport, Verdict
 from medistill.distill.private import plan_of
-from medistill.distill.runner import run_recipe
 from medistill.distill.start import random_images
 from medistill.errors import DataError
 from medistill.progress import Progress
 from medistill.registry import ATTACKS
 from medistill.seeds import derive_seed
 
+#: Name of a part to attribute to the value of each of its images.
+Attributes = Mapping[str, Mapping[str, Sequence[str]]]
 _ORDER = (Verdict.INVALID, Verdict.FAIL, Verdict.NOT_ESTIMABLE, Verdict.PASS)
 
 
@@ -43,6 +45,7 @@ class _Means:
     seed: int
     compute: Compute
     progress: Progress
+    known: Known
 
 
 def audit(
@@ -52,9 +55,11 @@ def audit(
     holdout: ImageSet,
     reference: ImageSet,
     others: Sequence[DistilledSet] = (),
+    attributes: Attributes | None = None,
     policy: AuditPolicy | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    controls: Path | None = None,
     compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -69,9 +74,13 @@ def audit(
         holdout: Images of patients that distillation never saw.
         reference: Images of further patients, to calibrate on.
         others: Further releases of the same patients, which the attacker holds as well.
+        attributes: Of ``train``, ``holdout`` and ``reference``: sex, age band and site of each image, as
+            :meth:`medistill.core.cohort.Cohort.attributes` gives them; without them their inference is not tested.
         policy: Which attacks are made, and when the audit passes.
         seed: Public seed.
         folder: Where the negative control keeps its checkpoints.
+        controls: Where finished negative controls are kept, to be taken again by an audit with the same recipe,
+            patients and code; without it they are distilled anew. They stay inside.
         compute: Device and precision of the negative control and of the attacks' networks.
         progress: Shows how far it is.
 
@@ -84,19 +93,15 @@ def audit(
     Privacy:
         Reads non-released data. The result is a measurement for the data owner, never a guarantee.
     """
-    means = _means(policy, seed, compute, progress)
+    parts = {"train": train, "holdout": holdout, "reference": reference}
+    means = _means(policy, seed, compute, progress, _known(parts, attributes))
     pool = draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     together = (distilled, *others)
     _check_alike([Exposed.of(one) for one in together], pool)
-    means.progress.say("audit: distilling the negative control from patients who are not attacked")
-    controls = []
-    for one in together:
-        with control_curator(one, pool.rest, seed, folder) as curator:
-            done = run_recipe(one.recipe, curator, folder=folder, compute=means.compute, progress=means.progress)
-        controls.append(Exposed.of(done.distilled))
+    made = Controls(seed=seed, compute=means.compute, progress=means.progress, folder=folder, kept=controls)
     return _attacked(
         Exposed.together([Exposed.of(one) for one in together]),
-        Exposed.together(controls),
+        Exposed.together([Exposed.of(made.of(one, pool.rest)) for one in together]),
         control_name="distilled by the same recipe from other patients",
         pool=pool,
         means=means,
@@ -113,6 +118,7 @@ def audit_images(
     train: ImageSet,
     holdout: ImageSet,
     reference: ImageSet,
+    attributes: Attributes | None = None,
     policy: AuditPolicy | None = None,
     seed: int = 0,
     compute: Compute | None = None,
@@ -128,6 +134,7 @@ def audit_images(
         train: Images they were made from.
         holdout: Images of patients that had no part in it.
         reference: Images of further patients, to calibrate on.
+        attributes: As in :func:`audit`.
         policy: Which attacks are made, and when the audit passes.
         seed: Public seed.
         compute: Device and precision of the attacks' networks.
@@ -139,7 +146,8 @@ def audit_images(
     Privacy:
         Reads non-released data. The result is a measurement for the data owner, never a guarantee.
     """
-    means = _means(policy, seed, compute, progress)
+    parts = {"train": train, "holdout": holdout, "reference": reference}
+    means = _means(policy, seed, compute, progress, _known(parts, attributes))
     pool = draw_pool(train, holdout, reference, derive_seed(seed, "candidates"))
     _check_alike([release], pool)
     smallest = int(pool.rest.targets.sum(0).min())
@@ -158,10 +166,22 @@ def audit_images(
     )
 
 
-def _means(policy: AuditPolicy | None, seed: int, compute: Compute | None, progress: Progress | None) -> _Means:
+def _means(
+    policy: AuditPolicy | None, seed: int, compute: Compute | None, progress: Progress | None, known: Known
+) -> _Means:
     return _Means(
-        policy=policy or AuditPolicy(), seed=seed, compute=compute or Compute(), progress=progress or Progress()
+        policy=policy or AuditPolicy(),
+        seed=seed,
+        compute=compute or Compute(),
+        progress=progress or Progress(),
+        known=known,
     )
+
+
+def _known(parts: Mapping[str, ImageSet], attributes: Attributes | None) -> Known:
+    if attributes is not None and (unknown := attributes.keys() - parts.keys()):
+        raise DataError(f"Expected attributes of {', '.join(parts)}, got {', '.join(sorted(unknown))}.")
+    return attributes_of_patients([(parts[name], of) for name, of in (attributes or {}).items()])
 
 
 def _check_alike(releases: Sequence[Exposed], pool: Pool) -> None:
@@ -189,7 +209,8 @@ def _attacked(
     """All attacks of the profile; their p-values are corrected together before anything is concluded."""
     profile = PROFILES[means.policy.profile]
     made: dict[str, MembershipAttack] = {
-        name: ATTACKS.load(name)(**settings) for name, settings in profile.items()
+        name: ATTACKS.load(name)(**settings, **({"known": means.known} if name in ATTRIBUTED else {}))
+        for name, settings in profile.items()
     }
     measured: list[Measured] = []
     unable: dict[str, str] = {}
@@ -217,14 +238,17 @@ def _attacked(
             measured.append(found)
     copies = measure_copies(release, control, control_name=control_name, pool=pool, seed=means.seed)
     outcomes = [*_concluded(measured, copies, pool, means, claim)]
-    edits = search_edited(release, control, control_name=control_name, pool=pool, seed=means.seed)
-    failed = [control for control in edits.controls if not control.passed]
-    if failed:
-        known = failed[0].name.partition(": ")[2]
-        unable[edits.attack] = f"such edits cannot be recognised on these images ({known}: {failed[0].observed})"
-    else:
-        outcomes.append(edits)
-    outcomes += proved
+    further, powerless = search_further(
+        release,
+        control,
+        control_name=control_name,
+        pool=pool,
+        profile=means.policy.profile,
+        seed=means.seed,
+        compute=means.compute,
+    )
+    unable |= powerless
+    outcomes += [*further, *proved]
     refusals = means.policy.refusals(claim, len(pool.train.unique_patients))
     verdicts = [outcome.verdict for outcome in outcomes if not _informs_only(outcome)]
     verdicts += [Verdict.FAIL] if refusals else []
@@ -246,8 +270,8 @@ def _attacked(
 
 def _powerless(found: Measured) -> str:
     return (
-        "with these images nobody could be linked, not even to a release known to give "
-        f"patients away ({found.controls[0].observed}; wanted: {found.controls[0].expected})"
+        "these patients' images give it no power: it did not even find a release that is known to give patients "
+        f"away ({found.controls[0].observed}; wanted: {found.controls[0].expected})"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 
-from medistill.audit import AuditPolicy, Exposed, audit, audit_images, membership, runner
+from medistill.audit import AuditPolicy, Exposed, audit, audit_images, control, membership, runner
 from medistill.audit.calibrated_neighbour import Calibrated, CalibratedNeighbour, nearest_distance
 from medistill.audit.copy_alarm import CopiesWithin, CopyAlarm, limit_of_gaps, source_lift, unit_rows
 from medistill.audit.mixtures import MixtureSearch, best_pair
@@ -181,7 +181,7 @@ def test_a_leaking_negative_control_is_invalid(from_noise: DistilledSet, monkeyp
     def leak(*_: object, **__: object) -> Distillation:
         return Distillation(distilled=copied(50, attacked), snapshots={})
 
-    monkeypatch.setattr(runner, "run_recipe", leak)
+    monkeypatch.setattr(control, "run_recipe", leak)
     report = examined(from_noise)
     assert report.verdict is Verdict.INVALID
     for entry in report.outcomes:
@@ -194,13 +194,13 @@ def test_the_negative_control_never_sees_an_attacked_patient(
     from_noise: DistilledSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[ImageSet] = []
-    original = runner.run_recipe
+    original = control.run_recipe
 
     def watch(recipe: object, curator: OpenCurator, **options: object) -> Distillation:
         seen.append(curator.images())
         return original(recipe, curator, **options)
 
-    monkeypatch.setattr(runner, "run_recipe", watch)
+    monkeypatch.setattr(control, "run_recipe", watch)
     examined(from_noise)
     pool = draw_pool(TRAIN, HOLDOUT, REFERENCE, runner.derive_seed(5, "candidates"))
     assert set(seen[0].patients) == set(TRAIN.patients) - pool.members
