@@ -52,7 +52,7 @@ from medistill.release.gate import check_gate
 from medistill.release.preprocessing import cohort_settings
 from medistill.release.signature import SigningKey, load_signing_key
 from medistill.release.tensors import load_distilled, save_distilled
-from medistill.report.forming import FormingSheet
+from medistill.report.forming import FormingSheet, load_moments
 from medistill.report.page import three_lines
 from medistill.report.runs import RunRow, run_row
 from medistill.seeds import derive_seed
@@ -318,16 +318,19 @@ class _Run:
         return {"distill": self.digests["distill"], "audit": asdict(self.config.audit)}
 
     def audit(self) -> None:
-        train, holdout, reference = map(self.images, (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION))
-        distilled = self.distilled()
+        split = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
+        train, holdout, reference = map(self.images, split.values())
+        cohort, distilled = self.cohort(), self.distilled()
         report = audit(
             distilled,
             train=train,
             holdout=holdout,
             reference=reference,
+            attributes={part: cohort.split(name).attributes() for part, name in split.items()},
             policy=self.config.audit,
             seed=derive_seed(self.config.seed, "audit"),
             folder=self.folder / "checkpoints",
+            controls=self.folder / "controls",
             compute=self.config.compute,
             progress=self.progress,
         )
@@ -387,6 +390,7 @@ class _Run:
             diagnosis=load_diagnosis(self.folder),
             cohort=cohort_summary(self.cohort()),
             snapshots=load_snapshots(self.folder),
+            moments=load_moments(self.folder / "forming", self.distilled()),
             commands=(
                 "medistill run run.yaml",
                 "# run.yaml, without the source of the images:",
@@ -579,7 +583,7 @@ def demo_config(out: Path, *, patients: int = 400) -> RunConfig:
                 "size": 32,
                 "settings": {"distribution_matching": {"iterations": 500}, "kernel_ridge": {"iterations": 150}},
             },
-            "evaluate": {"real_epochs": 15},
+            "evaluate": {"arms": ["real", "random", "distilled", "distilled_hard"], "seeds": 2, "real_epochs": 15},
             "release": {"accept": ["PASS", "NOT_ESTIMABLE"], "licence": "CC0-1.0"},
         },
         name="demo",

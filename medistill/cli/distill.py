@@ -163,16 +163,19 @@ def audit(
     real, size = open_cohort(cohort), distilled.images.shape[-1]
     for folder in (run, *(beside or [])):
         require_cohort(folder, real)
-    train, holdout, reference = (real.split(name).images(size) for name in ("train", "holdout", "validation"))
+    split = {"train": "train", "holdout": "holdout", "reference": "validation"}
+    train, holdout, reference = (real.split(name).images(size) for name in split.values())
     report = attack(
         distilled,
         train=train,
         holdout=holdout,
         reference=reference,
         others=others,
+        attributes={part: real.split(name).attributes() for part, name in split.items()},
         policy=limits,
         seed=seed,
         folder=run / "checkpoints",
+        controls=run / "controls",
         compute=Compute(device=device),
         progress=progress(),
     )
@@ -278,6 +281,7 @@ def release(
     from medistill.release.gate import check_gate
     from medistill.release.signature import load_signing_key
     from medistill.release.tensors import load_distilled
+    from medistill.report.forming import load_moments
     from medistill.workflow import cohort_summary, load_audit, load_diagnosis, load_profile, load_snapshots
 
     key = load_signing_key(sign) if sign else None
@@ -292,6 +296,7 @@ def release(
         diagnosis=load_diagnosis(run),
         cohort=cohort_summary(open_cohort(cohort)) if cohort else None,
         snapshots=load_snapshots(run),
+        moments=load_moments(run / "forming", distilled),
         commands=(*noted_commands(cohort), *noted_commands(run)),
         forced_reason=force_with_reason,
         licence=licence or None,

@@ -24,6 +24,14 @@ def demo(
     from medistill.workflow import demo_config
 
     _run(demo_config(out, patients=patients))
+    release, model = out / "release", out / "model"
+    typer.echo(
+        "What whoever receives the release does next, here on films of patients who took no part:\n"
+        f"  medistill verify {release}\n"
+        f"  medistill train {release} --network ridge_convnet --out {model}\n"
+        f"  medistill phantom {out / 'others'} --patients 12 --seed 99 --size 96\n"
+        f"  medistill predict {model} {out / 'others' / 'dicom'} --out {out / 'predictions.csv'}"
+    )
 
 
 @app.command()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medistill.diagnose.preprocessing import Preprocessing
 from medistill.diagnose.reading import ReadImage, explained, open_files, read_images
-from medistill.errors import SourceError
+from medistill.errors import DataError, SourceError
 from medistill.release.durable import output_errors, replace_durably
 
 
@@ -81,7 +81,11 @@ class FolderEvaluator:
 
     @torch.no_grad()
     def run(self) -> list[list[float]]:
-        """Predict; returns one row of probabilities for each image."""
+        """Predict; returns one row of probabilities for each image.
+
+        Raises:
+            DataError: If there is no image; nothing is written then.
+        """
         self.network.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True))
         network = self.network.to(self.device).eval()
         rows: list[list[float]] = []
@@ -92,6 +96,11 @@ class FolderEvaluator:
             for number, row in enumerate(self.inferer(images.to(self.device), network).cpu().tolist(), start=1):
                 table.writerow([file, number, *(f"{share:.6f}" for share in row)])
                 rows.append(row)
+        if not rows:
+            raise DataError(
+                "Expected DICOM files below the folder of images, found none. Put them into `input` of the bundle "
+                "or name another folder: --dataset_dir FOLDER."
+            )
         path = Path(self.output)
         with output_errors(path):
             replace_durably(path, text.getvalue().encode())

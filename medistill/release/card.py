@@ -97,8 +97,8 @@ def build_card(
             "sentence": one_line(distilled.privacy.sentence),
             "meaning": guarantee_meaning(distilled.privacy),
         },
-        "audit": None if audit is None else public_audit(audit),
-        "diagnosis": None if diagnosis is None else public_diagnosis(diagnosis, released=len(distilled)),
+        "audit": None if audit is None else _figures(public_audit(audit)),
+        "diagnosis": None if diagnosis is None else _figures(public_diagnosis(diagnosis, released=len(distilled))),
         "cohort": None if cohort is None else public_cohort(cohort),
         "counts_note": f"{ROUNDING_NOTE} {NOT_COVERED_NOTE}",
         "intended_use": list(_INTENDED),
@@ -113,6 +113,15 @@ def build_card(
         "commands": list(public_commands(commands)),
         "forced_reason": forced_reason,
     }
+
+
+def _figures(value: Any) -> Any:
+    """Measured figures to six digits, of which no interval is narrow enough to need more."""
+    if isinstance(value, dict):
+        return {key: _figures(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_figures(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def real_and_synthetic(distilled: DistilledSet) -> dict[str, str]:
@@ -151,6 +160,8 @@ def readme(card: Mapping[str, Any]) -> str:
 
 {warnings.removesuffix(">" + chr(10))}
 ## Check it
+
+`medistill` is the Python package that wrote this folder (version {card["medistill_version"]}).
 
 ```
 medistill verify PATH{" --key OWNER.pub" if card["signature"] else ""}
@@ -260,7 +271,12 @@ def _views_note(card: Mapping[str, Any]) -> str:
     views = card["images"].get("views")
     if not views:
         return ""
-    what = "\nThey do not overlap: the image is a mosaic of smaller images." if views.get("mosaic") else ""
+    what = ""
+    if views.get("mosaic"):
+        what = (
+            "\nThey do not overlap: the image is a mosaic of smaller images. `load_release` gives each of them, "
+            f"enlarged, with its\nown label: {views['count'] * card['images']['count']} pairs."
+        )
     return (
         f"\n\nStudents learn from {views['count']} crops of every image, each with a soft label of its own.{what} "
         "`view_boxes` has the shape\n(crop, image, corners): the low corner, then the high corner, in the order "

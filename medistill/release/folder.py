@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medistill.core.distilled import DistilledSet
 from medistill.core.reports import AuditReport, DiagnosticReport
+from medistill.distill.watch import Look
 from medistill.errors import DataError, OutputError, PrivacyError
 from medistill.release.card import CARD_FILE, DEFAULT_NAME, build_card, readme
 from medistill.release.croissant import CROISSANT_FILE, TABLE_FILE, croissant, soft_column
@@ -33,7 +34,7 @@ from medistill.report.png import encode, picture
 _IDENTIFIER = re.compile(rb"(?<![A-Za-z0-9])(?<![0-9]\.)[A-Z2-7]{16}(?![A-Za-z0-9])|(?<![0-9.])2\.25\.[0-9]{6,}")
 # The UIDs in the DICOM file are made from the set, which has no field of a patient; a public key is random digits.
 _NOT_TEXT = (".png", ".safetensors", ".dcm", ".pub")
-_PICTURE_DATA = re.compile(rb"data:image/png;base64,[A-Za-z0-9+/=]*")
+_PICTURE_DATA = re.compile(rb"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/=]*")
 
 
 def write_release(
@@ -51,6 +52,7 @@ def write_release(
     profile: Mapping[str, Any] | None = None,
     signing_key: SigningKey | None = None,
     published: str | None = None,
+    moments: Sequence[Look] = (),
 ) -> Path:
     """Write what leaves the hospital.
 
@@ -73,6 +75,8 @@ def write_release(
             the release can only be applied to images made the same way.
         signing_key: Signs the release.
         published: Day of publication as ``YYYY-MM-DD``; left out where not given, for no clock is read.
+        moments: Looks at the images as they formed, see :func:`medistill.report.forming.load_moments`; for the
+            report, under the same condition as ``snapshots``.
 
     Returns:
         The folder.
@@ -103,7 +107,7 @@ def write_release(
         forced_reason=forced_reason,
         name=name,
         licence=licence,
-        snapshots=snapshots,
+        formed={"snapshots": snapshots, "moments": moments},
         stated={"profile": profile, "published": published},
         signing_key=signing_key,
     )
@@ -117,7 +121,7 @@ def write_release(
 
 def _contents(
     *,
-    snapshots: Mapping[str, Tensor] | None,
+    formed: Mapping[str, Any],
     stated: Mapping[str, Any],
     signing_key: SigningKey | None,
     **evidence: Any,
@@ -133,7 +137,7 @@ def _contents(
         DICOM_FILE: dicom_bytes(distilled),
         CARD_FILE: json_bytes(card),
         "README.md": readme(card).encode(),
-        "report.html": render_report(snapshots=snapshots, **evidence).encode(),
+        "report.html": render_report(**formed, **evidence).encode(),
         **({SIGNER_FILE: signing_key.public} if signing_key else {}),
     }
     described = croissant(card, files, fingerprint=distilled.fingerprint())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from medistill.core.reports import AttackOutcome, AuditReport, Verdict
 from medistill.errors import GateError
-from medistill.report.wording import VERDICTS, control_problems, number
+from medistill.report.wording import VERDICTS, control_problems, listed, number
 
 _SERIOUS = (Verdict.FAIL, Verdict.INVALID)
 _REMEDIES = {
@@ -58,4 +58,4 @@ def _causes(audit: AuditReport, accept: frozenset[Verdict]) -> tuple[AttackOutco
 def _cause(outcome: AttackOutcome) -> str:
     auroc = f", AUROC {number(outcome.auroc.value)}" if outcome.auroc is not None else ""
     problems = control_problems(outcome) if outcome.verdict is Verdict.INVALID else ()
-    return "; ".join((f"{outcome.attack}: {outcome.verdict.value}{auroc}. {outcome.summary}", *problems))
+    return listed(f"{outcome.attack}: {outcome.verdict.value}{auroc}. {outcome.summary}", *problems)

@@ -24,6 +24,8 @@ from medistill.release.durable import output_errors, replace_durably, sync_folde
 SCHEMA_VERSION = 1
 IMAGES_FILE = "images.safetensors"
 RECIPE_FILE = "recipe.json"
+#: Characters of a line of JSON.
+_WIDTH = 160
 
 _TENSORS = {"images": torch.float32, "soft_labels": torch.float32, "hard_labels": torch.int64}
 #: Beside them where a set has views; all or none.
@@ -106,16 +108,33 @@ def _view_tensors(views: ViewLabels) -> dict[str, Tensor]:
 
 
 def json_bytes(values: Mapping[str, Any]) -> bytes:
-    """Strict JSON, sorted, with a final newline.
+    """Strict JSON, sorted, with a final newline; what fits on a line stands on one.
 
     Raises:
         DataError: If a value is not plain or not finite.
     """
     try:
-        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return (text + "\n").encode()
+        plain = json.loads(_line(values))
     except (TypeError, ValueError) as error:
         raise DataError("Expected plain, finite values for a JSON file; found another kind.") from error
+    return (_lines(plain, indent=0) + "\n").encode()
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _lines(value: Any, *, indent: int) -> str:
+    line = _line(value)
+    if not isinstance(value, dict | list) or indent + len(line) <= _WIDTH:
+        return line
+    inner = indent + 1
+    if isinstance(value, dict):
+        items = [f"{_line(key)}: {_lines(item, indent=inner)}" for key, item in sorted(value.items())]
+    else:
+        items = [_lines(item, indent=inner) for item in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{start}\n{' ' * inner}" + f",\n{' ' * inner}".join(items) + f"\n{' ' * indent}{end}"
 
 
 def parse_json(content: bytes, *, name: str) -> dict[str, Any]:

@@ -1,71 +1,112 @@
-"""The images as they form, kept in a run folder for whoever waits."""
+"""The images as they form: kept in a run folder for whoever waits, and for the report."""
 
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
 
 import torch
 
-from medistill.distill.watch import Look
+from medistill.core.distilled import DistilledSet
+from medistill.distill.watch import Look, eight_bit, pack_looks, shown_images, unpack_looks
 from medistill.report.contact_sheet import contact_sheet
 
-_MOST_IMAGES = 10
-_COLUMNS = ("distiller", "step", "steps", "validation_auroc")
+MOMENTS_FILE = "moments.safetensors"
+_COLUMNS = ("distiller", "step", "steps", "cpu_seconds", "validation_auroc")
+_LEVELS = 255
 
 
 class FormingSheet:
-    """An observer that keeps a row of images per look, all rows on one sheet, and a table.
+    """An observer that keeps the looks of one distillation, replacing those of an earlier one.
 
-    ``sheet.png`` shows the rows from the first look to the last, ``looks.csv`` the validation AUROC of each. Both
-    stay inside: with ``init="real"`` they show patients' images.
+    ``sheet.png`` shows a row of images per look, ``looks.csv`` CPU seconds and validation AUROC of each, and
+    ``moments.safetensors`` is for :func:`load_moments`. All stay inside: with ``init="real"`` they show patients'
+    images.
 
     Args:
-        folder: Where they are written; rows of an interrupted run are taken up.
+        folder: Where they are written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._looks: list[Look] = []
 
     def __call__(self, look: Look) -> None:
-        """Add or replace the row of a look."""
+        """Add a look."""
+        self._looks.append(look)
         self._folder.mkdir(parents=True, exist_ok=True)
-        shown = torch.linspace(0, len(look.images) - 1, min(len(look.images), _MOST_IMAGES)).round().long()
-        auroc = "" if look.validation_auroc is None else f"{look.validation_auroc:.4f}"
-        captions = [f"{look.step}/{look.steps}", f"AUROC {auroc}" if auroc else "", *[""] * _MOST_IMAGES]
-        row = contact_sheet(look.images[shown], columns=len(shown), captions=captions[: len(shown)])
-        rows = {(r["distiller"], int(r["step"])): r for r in self._table()}
-        key = (look.distiller, look.step)
-        rows[key] = dict(zip(_COLUMNS, (look.distiller, str(look.step), str(look.steps), auroc), strict=True))
-        self._write(self._name(*key), row)
-        text = StringIO()
-        table = csv.DictWriter(text, _COLUMNS)
-        table.writeheader()
-        table.writerows(rows.values())
-        self._write("looks.csv", text.getvalue().encode())
-        self._write("sheet.png", self._stacked([self._folder / self._name(*known) for known in rows]))
-
-    def _table(self) -> list[dict[str, str]]:
-        path = self._folder / "looks.csv"
-        return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
-
-    def _name(self, distiller: str, step: int) -> str:
-        return f"{distiller}-{step:06d}.png"
+        self._write("looks.csv", _table(self._looks))
+        self._write("sheet.png", _stacked([_row(one) for one in self._looks]))
+        self._write(MOMENTS_FILE, _packed(self._looks))
 
     def _write(self, name: str, content: bytes) -> None:
         partial = self._folder / f".{name}.partial"
         partial.write_bytes(content)
         partial.replace(self._folder / name)
 
-    def _stacked(self, rows: list[Path]) -> bytes:
-        from PIL import Image  # noqa: PLC0415
 
-        pictures = [Image.open(path).convert("RGB") for path in rows if path.exists()]
-        size = (max(p.width for p in pictures), sum(p.height for p in pictures))
-        sheet, top, content = Image.new("RGB", size, "white"), 0, BytesIO()
-        for picture in pictures:
-            sheet.paste(picture, (0, top))
-            top += picture.height
-        sheet.save(content, "PNG")
-        return content.getvalue()
+def load_moments(folder: Path, distilled: DistilledSet) -> tuple[Look, ...]:
+    """What a :class:`FormingSheet` kept of how a distilled set formed.
+
+    Args:
+        folder: Of the sheet.
+        distilled: What the images became.
+
+    Returns:
+        Looks up to the one that shows the images of ``distilled``; none where no look does, for then they were
+        kept of another distillation.
+    """
+    from safetensors import safe_open  # noqa: PLC0415
+
+    path = folder / MOMENTS_FILE
+    if not path.exists():
+        return ()
+    with safe_open(path, "pt") as kept:
+        names = json.loads(kept.metadata()["distillers"])
+        looks = unpack_looks({name: kept.get_tensor(name) for name in kept.keys()}, names)  # noqa: SIM118
+    became = eight_bit(distilled.images[shown_images(distilled.hard_labels)])
+    ends = [place for place, look in enumerate(looks, start=1) if torch.equal(look.pictures, became)]
+    return looks[: ends[-1]] if ends else ()
+
+
+def _packed(looks: Sequence[Look]) -> bytes:
+    from safetensors.torch import save  # noqa: PLC0415
+
+    content: bytes = save(pack_looks(looks), {"distillers": json.dumps([look.distiller for look in looks])})
+    return content
+
+
+def _auroc(look: Look) -> str:
+    return "" if look.validation_auroc is None else f"{look.validation_auroc:.4f}"
+
+
+def _table(looks: Sequence[Look]) -> bytes:
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    rows = [(look.distiller, look.step, look.steps, f"{look.cpu_seconds:.1f}", _auroc(look)) for look in looks]
+    table.writerows([_COLUMNS, *rows])
+    return text.getvalue().encode()
+
+
+def _row(look: Look) -> bytes:
+    auroc = _auroc(look)
+    said = (f"{look.step}/{look.steps}", f"AUROC {auroc}" if auroc else "", f"{look.cpu_seconds:.0f} CPU s")
+    shown = len(look.pictures)
+    captions = [*said, *[""] * shown][:shown]
+    return contact_sheet(look.pictures.float() / _LEVELS, columns=shown, captions=captions)
+
+
+def _stacked(rows: list[bytes]) -> bytes:
+    from PIL import Image  # noqa: PLC0415
+
+    pictures = [Image.open(BytesIO(row)).convert("RGB") for row in rows]
+    size = (max(picture.width for picture in pictures), sum(picture.height for picture in pictures))
+    sheet, top, content = Image.new("RGB", size, "white"), 0, BytesIO()
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    sheet.save(content, "PNG")
+    return content.getvalue()

@@ -9,7 +9,7 @@ passed on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from medistill.core.distilled import DistilledSet, Schedule
 from medistill.core.reports import AttackOutcome, AuditReport, DiagnosticReport, Verdict
 from medistill.core.task import TaskKind
+from medistill.distill.watch import Look
 from medistill.report import wording
 from medistill.report.diagnosis import diagnosis_section
 from medistill.report.disclosure import NOT_COVERED_NOTE, ROUNDING_NOTE, public_commands
 from medistill.report.flow import data_flow
-from medistill.report.pictures import formation, pictures_by_class
+from medistill.report.pictures import compressed, formation, pictures_by_class
 from medistill.report.plots import full_axis, track
 from medistill.report.png import MIDDLE_SLICES
 from medistill.report.templates import markup, style, template
@@ -62,6 +63,7 @@ def render_report(
     diagnosis: DiagnosticReport | None,
     cohort: Mapping[str, Any] | None,
     snapshots: Mapping[str, Tensor] | None = None,
+    moments: Sequence[Look] = (),
     commands: tuple[str, ...] = (),
     forced_reason: str | None = None,
     name: str = "Distilled image release",
@@ -77,6 +79,8 @@ def render_report(
         cohort: Summary of the cohort: ``splits``, ``quarantine`` and ``profile``.
         snapshots: Named stages of how the images formed, in order, each like ``distilled.images``; not shown for a
             set that starts from real images.
+        moments: Looks at the images as they formed, in order; shown instead of most stages, and no more than they
+            for a set that starts from real images.
         commands: Commands that make the release again; absolute paths and addresses are masked.
         forced_reason: Why it is released without regard to the gate; a prominent warning.
         name: Title of the page.
@@ -87,26 +91,28 @@ def render_report(
         HTML; the same arguments give the same text.
 
     Raises:
-        DataError: If a snapshot has another number of images than the set, or the summary of the cohort has
-            an unknown part.
+        DataError: If a snapshot or moment has another number of images than the set, or the summary of the cohort
+            has an unknown part.
 
     Privacy:
         Reads counts and measurements of real patients; every count is rounded down to tens.
     """
     summary = three_lines(distilled, audit, diagnosis)
+    classes, stages = pictures_by_class(distilled), formation(distilled, snapshots, moments)
     return template("template.html.j2").render(
         name=wording.one_line(name),
         style=style("page.css"),
         summary=dict(zip(("What it is", "What is guaranteed", "What was measured"), summary, strict=True)),
         badges=_badges(distilled, audit),
         warnings=wording.warnings_of(distilled, audit, forced_reason),
-        classes=pictures_by_class(distilled),
+        classes=classes,
+        exact=not compressed(one["source"] for own in classes for one in own["pictures"]),
         multilabel=distilled.task.kind is TaskKind.MULTILABEL,
         mosaic=len(distilled.views) if distilled.views is not None and distilled.views.are_tiles else 0,
         volumes=MIDDLE_SLICES if distilled.images.ndim == _VOLUME_AXES else "",
-        stages=formation(distilled, snapshots),
+        stages=stages,
         privacy=_privacy(distilled),
-        audit=None if audit is None else _audit(audit, bool(snapshots)),
+        audit=None if audit is None else _audit(audit, stages is not None and not stages["withheld"]),
         diagnosis=None
         if diagnosis is None
         else markup(diagnosis_section(diagnosis, released=len(distilled), kind=distilled.task.kind)),

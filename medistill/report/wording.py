@@ -279,6 +279,22 @@ def _cause(outcome: AttackOutcome) -> str:
     return "; ".join(map(one_line, problems)) or one_line(outcome.summary)
 
 
+def listed(*parts: str) -> str:
+    """Clauses and sentences one after the other: a semicolon after a clause, a full stop after a sentence.
+
+    Example:
+        >>> listed("tracing: control failed", "shadow: no leak was shown.", "the claim is too large")
+        'tracing: control failed; shadow: no leak was shown. The claim is too large'
+    """
+    text = ""
+    for part in parts:
+        if text.endswith((".", "!", "?")):
+            text += f" {part[:1].upper()}{part[1:]}"
+        else:
+            text += f"; {part}" if text else part
+    return text
+
+
 def control_problems(outcome: AttackOutcome) -> tuple[str, ...]:
     """Why an attack's own verdict cannot count: controls that failed, or none at all."""
     if not outcome.controls:
@@ -329,7 +345,7 @@ def _audit_warnings(audit: AuditReport | None) -> tuple[Warned, ...]:
         for outcome in audit.outcomes
         if outcome.verdict is audit.verdict
     ]
-    named = "; ".join([*causes, *map(one_line, audit.refusals)])
     sentence = VERDICTS[audit.verdict].capitalize() + "."
+    named = listed(sentence, *causes, *map(one_line, audit.refusals))
     title = f"Audit verdict: {audit.verdict.value.replace('_', ' ')}"
-    return (Warned(title=title, text=f"{sentence} {named}".strip()),)
+    return (Warned(title=title, text=named),)

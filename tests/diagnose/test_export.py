@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,24 +17,69 @@ from typer.testing import CliRunner, Result
 
 from medistill.cli import app
 from medistill.diagnose import DiagnosticModel, predict_files
+from medistill.diagnose.transform import FolderEvaluator, files_below
 from medistill.errors import ConfigError, DataError, OutputError
 from tests.diagnose.conftest import Hospital, noise
 
-#: What MONAI's bundle specification says must be in ``metadata.json``, for a tensor and for the whole.
-TENSOR = (
-    "type",
-    "format",
-    "num_channels",
-    "spatial_shape",
-    "dtype",
-    "value_range",
-    "is_patch_data",
-    "channel_def",
-)
-WHOLE = (
-    *("version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task"),
+#: What MONAI's schema of 2024-07-25 asks of ``metadata.json``: kinds of the keys it knows, and those it requires.
+#: https://project-monai.github.io/schema/meta_schema_20240725.json, the same file as the address in the bundle.
+KINDS = {
+    **dict.fromkeys(("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task"), "string"),
+    **dict.fromkeys(("description", "authors", "copyright", "data_source", "data_type", "intended_use"), "string"),
+    **dict.fromkeys(("image_classes", "label_classes", "pred_classes"), "string"),
+    **dict.fromkeys(("changelog", "required_packages_version", "eval_metrics", "supported_apps"), "object"),
+}
+REQUIRED = (
+    *(
+        "schema",
+        "version",
+        "monai_version",
+        "pytorch_version",
+        "numpy_version",
+        "required_packages_version",
+        "task",
+    ),
     *("description", "authors", "copyright", "network_data_format"),
 )
+TENSOR_KINDS = {
+    **dict.fromkeys(("type", "format", "dtype"), "string"),
+    **{"num_channels": "integer", "is_patch_data": "boolean", "channel_def": "object"},
+}
+TENSOR_REQUIRED = ("type", "format", "num_channels", "spatial_shape", "dtype", "value_range")
+#: What the text of the bundle specification asks of a tensor beyond the schema.
+TENSOR_SPECIFIED = ("is_patch_data", "channel_def")
+
+
+def kinds(names: dict[str, str]) -> dict[str, Any]:
+    return {name: {"type": kind} for name, kind in names.items()}
+
+
+def monai_schema() -> dict[str, Any]:
+    tensor = {
+        "type": "object",
+        "required": list(TENSOR_REQUIRED),
+        "properties": {
+            **kinds(TENSOR_KINDS),
+            "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
+            "value_range": {"type": "array", "items": {"type": "number"}},
+        },
+    }
+    results = {"type": "object", "additionalProperties": tensor}
+    form = {
+        "type": "object",
+        "required": ["inputs", "outputs"],
+        "properties": {"inputs": results, "outputs": results},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2019-09/schema",
+        "type": "object",
+        "required": list(REQUIRED),
+        "properties": {
+            **kinds(KINDS),
+            "references": {"type": "array", "items": {"type": "string"}},
+            "network_data_format": form,
+        },
+    }
 
 
 def invoke(*arguments: object) -> Result:
@@ -98,6 +144,33 @@ def test_a_bundle_has_the_files_of_the_specification(bundle: Path, model: Diagno
     assert invoke("export", bundle, "--format", "monai-bundle", "--out", bundle).exit_code == 2
 
 
+@pytest.mark.filterwarnings("ignore:No hash value provided")
+def test_the_metadata_has_all_that_monais_schema_asks(bundle: Path, tmp_path: Path) -> None:
+    from monai import bundle as monai_bundle
+
+    jsonschema = pytest.importorskip("jsonschema")
+    metadata = bundle / "configs" / "metadata.json"
+    values = json.loads(metadata.read_text())
+    assert values["schema"].endswith("/meta_schema_20240725.json")
+    assert set(values) == {*KINDS, *REQUIRED, "references", "name", "optional_packages_version"}
+    assert all(value.strip() for name, value in values.items() if KINDS.get(name) == "string")
+    tensors = [
+        *values["network_data_format"]["inputs"].values(),
+        *values["network_data_format"]["outputs"].values(),
+    ]
+    assert all({*TENSOR_REQUIRED, *TENSOR_SPECIFIED} <= set(tensor) for tensor in tensors)
+    for tensor in tensors:
+        assert len(tensor["channel_def"]) == tensor["num_channels"]
+    schema, checked = tmp_path / "schema.json", jsonschema.Draft201909Validator(monai_schema())
+    schema.write_text(json.dumps(monai_schema()))
+    monai_bundle.verify_metadata(meta_file=str(metadata), filepath=str(schema))
+    assert checked.is_valid(values)
+    for name in REQUIRED:
+        assert not checked.is_valid({key: value for key, value in values.items() if key != name})
+    for name in (*KINDS, "references"):
+        assert not checked.is_valid({**values, name: 7})
+
+
 @pytest.mark.filterwarnings("ignore")  # of MONAI's own
 def test_monai_verifies_loads_and_runs_the_bundle(
     bundle: Path, model: DiagnosticModel, hospital: Hospital, tmp_path: Path
@@ -105,17 +178,6 @@ def test_monai_verifies_loads_and_runs_the_bundle(
     from monai import bundle as monai_bundle
 
     metadata, inference = bundle / "configs" / "metadata.json", bundle / "configs" / "inference.json"
-    schema = tmp_path / "schema.json"
-    tensors = {"type": "object", "additionalProperties": {"type": "object", "required": TENSOR}}
-    form = {
-        "type": "object",
-        "properties": {"inputs": tensors, "outputs": tensors},
-        "required": ["inputs", "outputs"],
-    }
-    schema.write_text(
-        json.dumps({"type": "object", "required": WHOLE, "properties": {"network_data_format": form}})
-    )
-    monai_bundle.verify_metadata(meta_file=str(metadata), filepath=str(schema))
     monai_bundle.verify_net_in_out(
         net_id="network_def", meta_file=str(metadata), config_file=str(inference), device="cpu"
     )
@@ -147,3 +209,19 @@ def test_monai_verifies_loads_and_runs_the_bundle(
     workflow = monai_bundle.ConfigWorkflow(config_file=str(inference), workflow_type="inference")
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+def test_a_bundle_without_images_says_where_they_go(bundle: Path, model: DiagnosticModel, tmp_path: Path) -> None:
+    evaluator = FolderEvaluator(
+        network=model.ensemble,
+        weights=str(bundle / "models" / "model.pt"),
+        dataset=[],
+        inferer=lambda images, network: network(images),
+        class_names=model.task.class_names,
+        device="cpu",
+        output=str(tmp_path / "predictions.csv"),
+    )
+    assert files_below(tmp_path / "absent") == []
+    with pytest.raises(DataError, match="Put them into `input`"):
+        evaluator.run()
+    assert not list(tmp_path.iterdir())

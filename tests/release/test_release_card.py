@@ -6,15 +6,29 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from example_release import PRIVATE, TWO, audit_report, cohort_summary, diagnostic_report, distilled_set, snapshots
+from example_release import (
+    PRIVATE,
+    TWO,
+    audit_report,
+    cohort_summary,
+    diagnostic_report,
+    distilled_set,
+    estimate,
+    full_diagnostic_report,
+    moments,
+    snapshots,
+)
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from medistill.cli import app
 from medistill.config import parse_config
 from medistill.core.cohort import Split
+from medistill.distill.formation import formed
 from medistill.errors import ConfigError
 from medistill.ingest import IngestConfig, ingest, load_cohort
 from medistill.ingest.sources import open_source
@@ -23,7 +37,8 @@ from medistill.release.folder import write_release
 from medistill.release.preprocessing import preprocessing
 from medistill.release.signature import load_signing_key, write_key_pair
 from medistill.release.tensors import save_distilled
-from medistill.release.verify import verify_release
+from medistill.release.verify import load_release, verify_release
+from medistill.report.png import picture
 from medistill.workflow import _Run, load_profile, remember_cohort, run
 from tests.ingest.conftest import make_dicom
 
@@ -47,25 +62,49 @@ def full(out, distilled, **more):
         out,
         distilled=distilled,
         audit=audit_report(distilled),
-        diagnosis=diagnostic_report(distilled),
         cohort=cohort_summary(distilled),
         snapshots=snapshots(distilled),
         commands=("medistill run configs/phantom.yaml",),
-        **more,
+        **{"diagnosis": diagnostic_report(distilled), **more},
     )
 
 
-@pytest.mark.parametrize(("channels", "limit"), [(1, 2_000_000), (3, 2_500_000)])
-def test_twenty_images_of_64_pixels_are_small(tmp_path, channels, limit):
-    """Of noise, which no picture format makes smaller; colour has three times as many numbers."""
+@pytest.mark.parametrize("channels", [1, 3])
+def test_twenty_images_of_64_pixels_are_small(tmp_path, channels):
+    """Of noise, which no format makes smaller; with two networks in every arm and how the images formed."""
     write_key_pair(tmp_path / "k")
     distilled = distilled_set(TWO, ipc=10, size=64, channels=channels)
     noise = torch.rand(distilled.images.shape, generator=torch.Generator().manual_seed(0))
     distilled = replace(distilled, images=noise)
-    out = full(tmp_path / "release", distilled, signing_key=load_signing_key(tmp_path / "k.key"))
+    out = full(
+        tmp_path / "release",
+        distilled,
+        diagnosis=full_diagnostic_report(distilled),
+        signing_key=load_signing_key(tmp_path / "k.key"),
+        moments=moments(distilled),
+    )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert verify_release(out).bytes == size
-    assert size <= limit
+    assert size <= 2_000_000
+    page = (out / "report.html").read_text()
+    assert len(page) < 400_000
+    assert page.count("<li>\n      <img") == 6
+    assert ("its pictures are compressed" in page) == (channels == 3)
+    exact = load_file(out / "images.safetensors")["images"]
+    assert torch.equal(exact, noise)
+    for path, image in zip(sorted((out / "images").glob("*.png")), exact, strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), picture(image))
+
+
+def test_figures_of_the_card_have_six_digits_and_small_parts_stand_on_a_line(tmp_path):
+    distilled = distilled_set(TWO, ipc=1)
+    diagnosis = diagnostic_report(distilled)
+    arm = replace(diagnosis.arms[0], metrics={"auroc": estimate(2 / 3), "ece": estimate(1.23456789e-7, 0)})
+    out = full(tmp_path / "release", distilled, diagnosis=replace(diagnosis, arms=(arm,)))
+    found = card_of(out)["diagnosis"]["arms"][0]["metrics"]
+    assert (found["auroc"]["value"], found["ece"]["value"]) == (0.666667, 1.23457e-07)
+    lines = (out / "card.json").read_text().splitlines()
+    assert f'"auroc": {json.dumps(found["auroc"], sort_keys=True)},' in map(str.strip, lines)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
@@ -96,6 +135,17 @@ def test_the_readme_says_what_a_stranger_must_know(tmp_path):
     ):
         assert said in text, said
     assert "anonym" not in text.lower()
+
+
+def test_the_readme_says_how_many_images_a_mosaic_holds(tmp_path):
+    plain = distilled_set(TWO, ipc=2)
+    labels = plain.soft_labels.repeat_interleave(4, dim=0)
+    made = formed(plain.images, labels, plain.hard_labels, formation=2)
+    assert made.views is not None
+    mosaic = replace(plain, soft_labels=made.soft_labels, views=made.views)
+    out = write_release(tmp_path / "release", distilled=mosaic, **NOTHING)
+    assert "16 pairs" in (out / "README.md").read_text()
+    assert len(load_release(out)) == 16
 
 
 # -- preprocessing ----------------------------------------------------------------------------------------------

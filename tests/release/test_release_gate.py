@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ from example_release import TWO, audit_report, distilled_set
 from medistill.core.reports import Verdict
 from medistill.errors import GateError
 from medistill.release.gate import check_gate
+from medistill.report.wording import listed, warnings_of
 
 STRICT = frozenset({Verdict.PASS})
 
@@ -26,7 +28,7 @@ def test_accepted_verdict():
     ("verdict", "remedy"),
     [
         (Verdict.FAIL, "differential privacy"),
-        (Verdict.INVALID, "control failed: release of all real images"),
+        (Verdict.INVALID, "Control failed: release of all real images"),
         (Verdict.NOT_ESTIMABLE, "Hold out more patients"),
     ],
 )
@@ -40,6 +42,20 @@ def test_refusal_names_verdict_attack_and_remedy(verdict, remedy):
     assert "copy_search" not in message
     assert remedy in message
     assert "the policy accepts PASS" in message
+
+
+def test_sentences_and_clauses_are_joined_as_such():
+    """An attack's summary is a sentence, a failed control a clause, a limit of the policy a sentence."""
+    refusals = ("Epsilon 5 is above the policy's 3.", "Delta 0.01 is above the policy's 1e-05.")
+    for verdict in (Verdict.FAIL, Verdict.INVALID, Verdict.NOT_ESTIMABLE):
+        audit = replace(report(verdict), refusals=refusals)
+        with pytest.raises(GateError) as caught:
+            check_gate(audit, accept=STRICT)
+        (warning,) = (one for one in warnings_of(distilled_set(TWO), audit, None) if "Audit" in one.title)
+        for text in (str(caught.value), warning.text):
+            assert not re.search(r"[.!?;]\s*;", text)
+            assert all(refusal in text for refusal in refusals)
+    assert listed("a fell", "b rose.", "c stood") == "a fell; b rose. C stood"
 
 
 def test_no_audit():
@@ -56,7 +72,7 @@ def test_milder_verdict_does_not_hide_an_attack_that_failed():
 def test_attack_without_controls_is_named():
     audit = report(Verdict.INVALID)
     bare = tuple(replace(outcome, controls=()) for outcome in audit.outcomes)
-    with pytest.raises(GateError, match="no control was run"):
+    with pytest.raises(GateError, match="No control was run"):
         check_gate(replace(audit, outcomes=bare), accept=STRICT)
 
 

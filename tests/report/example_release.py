@@ -21,6 +21,7 @@ from medistill.core.reports import (
     Verdict,
 )
 from medistill.core.task import Task
+from medistill.distill.watch import Look, eight_bit, shown_images
 
 TWO = ("no finding", "pneumonia")
 THREE = ("normal", "benign lesion", "melanoma")
@@ -338,3 +339,19 @@ def snapshots(distilled: DistilledSet) -> dict[str, Tensor]:
         name: torch.lerp(noise, distilled.images, weight)
         for name, weight in (("start", 0.0), ("iteration_100", 0.4), ("iteration_500", 0.8), ("end", 1.0))
     }
+
+
+def look(pictures: Tensor, step: int, auroc: float | None = 0.75, *, distiller: str = "kernel_ridge") -> Look:
+    """One moment of six hundred steps."""
+    return Look(
+        distiller=distiller, step=step, steps=600, pictures=pictures, validation_auroc=auroc, cpu_seconds=step / 10
+    )
+
+
+def moments(distilled: DistilledSet, count: int = 10, auroc: float | None = 0.75) -> tuple[Look, ...]:
+    """Looks at noise that turns into the images."""
+    shown = distilled.images[shown_images(distilled.hard_labels)]
+    noise = torch.rand(shown.shape, generator=torch.Generator().manual_seed(1))
+    return tuple(
+        look(eight_bit(torch.lerp(noise, shown, (i + 1) / count)), 60 * (i + 1), auroc) for i in range(count)
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, NAMES, Chromium, Tab
-from example_release import PRIVATE, distilled_set, full_diagnostic_report
+from example_release import PRIVATE, distilled_set, full_diagnostic_report, moments
 from test_report_page import rendered, report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
@@ -244,7 +244,8 @@ LONG = tuple(
 def long_names() -> str:
     distilled = distilled_set(LONG, ipc=2, size=12, privacy=PRIVATE)
     command = "medistill run configs/" + "a_long_name_without_any_space_" * 8 + ".yaml"
-    return report(distilled, diagnosis=full_diagnostic_report(distilled), commands=(command,))
+    found = full_diagnostic_report(distilled)
+    return report(distilled, diagnosis=found, commands=(command,), moments=moments(distilled))
 
 
 PAGES: dict[str, Callable[[], str]] = {

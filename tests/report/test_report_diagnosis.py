@@ -19,6 +19,7 @@ from example_release import (
     distilled_set,
     estimate,
     full_diagnostic_report,
+    moments,
 )
 from test_report_page import Page, rendered, report
 
@@ -106,7 +107,7 @@ def test_records_without_the_new_fields_are_still_shown() -> None:
 
 def test_a_record_from_a_file_gives_the_same_page() -> None:
     again = DiagnosticReport.from_json(json.loads(json.dumps(FULL.to_json())))
-    assert report(MADE, diagnosis=again) == rendered("everything measured")
+    assert report(MADE, diagnosis=again, moments=moments(MADE)) == rendered("everything measured")
 
 
 def test_of_further_networks_it_is_said_what_is_left_out() -> None:
