@@ -12,6 +12,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Reading an audit
 #
@@ -102,7 +103,7 @@ print(f"{len(train.unique_patients)} train patients, {len(holdout.unique_patient
 # default makes more and takes minutes.
 
 # %%
-settings = {"networks": 4, "iterations": 80, "rate": 0.05, "formation": 2}
+settings = {"networks": 4, "iterations": 60, "rate": 0.05, "formation": 2, "width": 16}
 matching = {"method": "distribution_matching", "settings": {"distribution_matching": settings}}
 honest = distill(OpenCurator(train), ipc=3, **matching).distilled
 print(honest.privacy.sentence)

@@ -12,6 +12,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # Training on somebody's release
 #
@@ -101,12 +102,14 @@ made = distill(
     OpenCurator(cohort.split("train").images(32)),
     method="distribution_matching",
     ipc=3,
-    settings={"distribution_matching": {"networks": 4, "iterations": 120, "rate": 0.05, "formation": 2}},
+    settings={
+        "distribution_matching": {"networks": 4, "iterations": 80, "rate": 0.05, "formation": 2, "width": 16}
+    },
 )
 fingerprint = write_key_pair(room / "hospital" / "ward")
 release = write_release(
     room / "release",
-    distilled=replace(made.distilled, schedule=Schedule(epochs=100, learning_rate=0.01)),
+    distilled=replace(made.distilled, schedule=Schedule(epochs=60, learning_rate=0.01)),
     audit=None,
     diagnosis=None,
     cohort=cohort_summary(cohort),

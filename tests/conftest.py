@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: two threads on two busy cores wait for each other
@@ -13,12 +14,25 @@ import torch
 
 from medistill.core.images import ImageSet
 from medistill.core.task import Task
+from tests.nurseries import forking
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Files that take longest, longest first. A worker takes whole files: one begun last would be waited for.
+LONGEST = (
+    *("test_notebooks", "test_workflow", "test_commands", "test_kinds", "test_compare_distillers", "test_export"),
+    *("test_reference", "test_evaluate", "test_text_policies", "test_private_cli"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    config.option.loadscopereorder = False  # files in the order below, not by their number of tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; their tests and all other files stay in order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -34,6 +48,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real images are absent: set MEDISTILL_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nurseries() -> Iterator[None]:
+    """Reading processes are forked from one that has imported everything; a module may say otherwise."""
+    from medistill.ingest import isolation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolation, "subprocess", forking())
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_schedules() -> Iterator[None]:
+    """Two short schedules in place of those that are compared on validation patients, which take most of a run."""
+    from medistill.core.distilled import Schedule
+    from medistill.distill.schedule import choose_schedule
+
+    short = (Schedule(epochs=20, learning_rate=0.01), Schedule(epochs=30, learning_rate=0.02))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(choose_schedule.__kwdefaults__, "candidates", short)
+        yield
 
 
 def pseudonym(number: int) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import yaml
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from medistill.audit.policy import PROFILES
 from medistill.core.distilled import Schedule
 from medistill.distill import surrogate
 from medistill.ingest import IngestConfig, SplitFractions, ingest
@@ -42,9 +42,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(study: Path) -> Iterator[tuple[Path, Done]]:
-    """A finished sweep and what it printed."""
+    """A finished sweep and what it printed; it looks at the first attack of an audit only, so no other is made."""
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
-        patch.setattr(surrogate, "SCHEDULE", replace(Schedule(epochs=8, learning_rate=0.01)))
+        patch.setattr(surrogate, "SCHEDULE", Schedule(epochs=8, learning_rate=0.01))
+        patch.setitem(PROFILES, "default", PROFILES["quick"])
         yield study.parent / "out", run_pipeline("epsilon_sweep", study, "--quick")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
 import matplotlib.font_manager  # noqa: F401 - makes the cache of fonts, which a kernel would speak of on stderr
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -56,6 +59,14 @@ PICTURES = {
     "03_reading_an_audit": 4,
     "04_training_on_a_release": 3,
 }
+# What goes before a notebook: nothing that an earlier one named is left, and it works in a folder of its own.
+FRESH = """
+get_ipython().run_line_magic("reset", "-f")
+import os, tempfile
+os.chdir({folder!r})
+tempfile.tempdir = os.environ["TMPDIR"] = {folder!r}
+del os, tempfile
+"""
 
 
 def _cells(path: Path) -> list[tuple[str, str]]:
@@ -91,19 +102,23 @@ def test_the_words_claim_no_more_than_holds(text: Path) -> None:
     assert "measurement" in content
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncKernelManager]:
+    """One kernel for all notebooks: each would spend seconds on importing torch alone."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    folder = tmp_path_factory.mktemp("ipython")
+    run_sync(manager.start_kernel)(env={**os.environ, "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder)})
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
-def test_a_notebook_runs(text: Path, tmp_path: Path) -> None:
+def test_a_notebook_runs(text: Path, tmp_path: Path, kernel: AsyncKernelManager) -> None:
     notebook = _notebook(text)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(tmp_path),
-        "IPYTHONDIR": str(tmp_path / "i"),
-    }
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute(env=environment)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FRESH.format(folder=str(tmp_path))))
+    client = NotebookClient(notebook, timeout=600, km=kernel)
+    client.execute()
+    client.kc.stop_channels()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = "".join(output.get("text", "") for output in outputs)
     assert [sentence for sentence in SHOWN[text.stem] if sentence not in shown] == []

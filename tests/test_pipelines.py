@@ -67,6 +67,7 @@ def test_help_shows_an_example() -> None:
     assert "hospital_release.py DICOM --labels labels.csv --out runs/release --ipc 10" in done.stdout
 
 
+@pytest.mark.usefixtures("short_schedules")
 def test_a_small_cohort_is_stopped_at_the_gate_then_released_for_a_reason(phantom: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "release"
     private = out.with_name("release-private")

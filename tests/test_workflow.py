@@ -28,7 +28,7 @@ from medistill.workflow import RunResult, run
 
 STAGES = ("phantom", "ingest", "distill", "audit", "evaluate", "release")
 EVERY_VERDICT = ["PASS", "NOT_ESTIMABLE", "FAIL", "INVALID"]
-QUICK = (Schedule(epochs=12, learning_rate=0.01), Schedule(epochs=20, learning_rate=0.01))
+QUICK = (Schedule(epochs=3, learning_rate=0.01), Schedule(epochs=5, learning_rate=0.01))
 
 
 def tiny(out: Path, **changes: dict[str, Any]) -> RunConfig:
@@ -45,13 +45,14 @@ def tiny(out: Path, **changes: dict[str, Any]) -> RunConfig:
         "distill": {
             "ipc": 1,
             "size": 16,
+            "looks": 1,
             "settings": {
-                "distribution_matching": {"networks": 2, "iterations": 40, "width": 8},
-                "kernel_ridge": {"iterations": 20, "pool": 2, "width": 8, "real_batch": 30, "advance": 2},
+                "distribution_matching": {"networks": 2, "iterations": 10, "width": 8},
+                "kernel_ridge": {"iterations": 4, "pool": 1, "width": 8, "real_batch": 30, "advance": 1},
             },
         },
         "audit": {"profile": "quick"},
-        "evaluate": {"seeds": 2, "real_epochs": 10, "draws": 200},
+        "evaluate": {"seeds": 2, "real_epochs": 2, "draws": 100, "arms": ["real", "random", "distilled"]},
         "release": {"accept": EVERY_VERDICT},
     }
     for section, inner in changes.items():

@@ -22,6 +22,11 @@ from tests.conftest import REPOSITORY
 Ingested = Callable[..., Cohort]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nurseries() -> None:
+    """Here reading processes are started as they are anywhere but in tests."""
+
+
 @pytest.fixture(scope="module")
 def pneumoniamnist(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ingested:
     keep_freed_memory()

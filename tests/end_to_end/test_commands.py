@@ -19,6 +19,7 @@ from medistill.ingest import load_cohort
 from medistill.release.verify import load_release
 
 QUICK = (
+    *("--looks", "1"),
     *("--set", "distribution_matching.networks=2", "--set", "distribution_matching.iterations=10"),
     *("--set", "distribution_matching.width=8", "--set", "distribution_matching.rate=2e-2"),
     *("--set", "kernel_ridge.iterations=6", "--set", "kernel_ridge.pool=2", "--set", "kernel_ridge.width=8"),
@@ -28,7 +29,7 @@ REASON = "A phantom harms nobody."
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(short_schedules: None) -> Iterator[None]:
     with threadpool_limits(1):
         yield
 
@@ -98,11 +99,12 @@ def test_audit_prints_controls_and_its_verdict_decides_the_exit_code(ran: dict[s
     assert ran["audit"].stdout.strip().endswith(f"Verdict: {verdict}")
     assert (ran["audit"].exit_code == 0) == (verdict == "PASS")
     made = {o["attack"]: [c["name"].split(":")[0] for c in o["controls"]] for o in audit["outcomes"]}
-    edited = int("edited_copies" in made)  # at 16 px not every draw lets edits be recognised
+    # At 16 px and with few patients not every draw gives these three any power.
+    further = sum(name in made for name in ("attribute_inference", "edited_copies", "reconstruction"))
     assert all(set(kinds) == {"positive", "negative"} for kinds in made.values())
-    # Four attacks, copies of three kinds, and edited ones.
-    assert ran["audit"].stdout.count("positive: ") == 4 + 3 + edited
-    assert ran["audit"].stdout.count("negative: ") == 4 + 1 + edited
+    # Four attacks, copies of three kinds, and what had power.
+    assert ran["audit"].stdout.count("positive: ") == 4 + 3 + further
+    assert ran["audit"].stdout.count("negative: ") == 4 + 1 + further
 
 
 def test_evaluate_compares_all_arms_on_both_splits(ran: dict[str, Result], place: Path) -> None:
@@ -173,7 +175,7 @@ def test_pictures_are_wrapped_as_dicom_and_ingested(tmp_path: Path) -> None:
     assert len(list((tmp_path / "dicom" / "images").rglob("*.dcm"))) == 16
     ingested = invoke(
         *("ingest", tmp_path / "dicom" / "images", "--labels", tmp_path / "dicom" / "labels.csv"),
-        *("--out", tmp_path / "cohort", "--size", 32),
+        *("--out", tmp_path / "cohort", "--size", 32, "--burned-in", "allow"),
     )
     assert ingested.exit_code == 0, ingested.output
     cohort = load_cohort(tmp_path / "cohort")
@@ -193,7 +195,8 @@ def test_another_cohort_is_refused(ran: dict[str, Result], place: Path) -> None:
     assert ran["evaluate"].exit_code == 0
     phantom = place / "phantom"
     again = invoke(
-        "ingest", phantom / "dicom", "--labels", phantom / "labels.csv", "--out", place / "other", "--size", 16
+        *("ingest", phantom / "dicom", "--labels", phantom / "labels.csv"),
+        *("--out", place / "other", "--size", 16, "--burned-in", "allow"),
     )
     assert again.exit_code == 0
     for verb in ("audit", "evaluate"):
@@ -206,7 +209,7 @@ def test_the_report_says_how_the_release_was_made_and_never_where(ran: dict[str,
     commands = json.loads((place / "release" / "card.json").read_text())["commands"]
     assert [command.split()[1] for command in commands] == ["ingest", "distill", "audit", "evaluate", "release"]
     assert commands[0] == "medistill ingest SOURCE --out OUT --labels LABELS --size 16"
-    assert "--ipc 1 --size 16 --set distribution_matching.networks=2 --set " in commands[1]
+    assert "--ipc 1 --size 16 --looks 1 --set distribution_matching.networks=2 --set " in commands[1]
     assert commands[3] == "medistill evaluate RUN --cohort COHORT --seeds 1"
     assert "--licence CC0-1.0" in commands[4]
     page = (place / "release" / "report.html").read_text()

@@ -20,6 +20,7 @@ from medistill.core.distilled import Schedule
 from medistill.core.images import resized
 from medistill.core.reports import DiagnosticReport
 from medistill.core.task import TaskKind
+from medistill.diagnose import outliers
 from medistill.distill.schedule import choose_schedule
 from medistill.ingest import load_cohort
 from medistill.release.verify import Release, load_release
@@ -35,10 +36,11 @@ FINDINGS = ("effusion", "mass", "nodule")
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
-    """One thread, and one short schedule of training in place of the candidates."""
-    short = (Schedule(epochs=30, learning_rate=0.02),)
+    """One thread, one short schedule of training in place of the candidates, and few pictures behind a flag."""
+    short = (Schedule(epochs=10, learning_rate=0.02),)
     with threadpool_limits(1), pytest.MonkeyPatch.context() as patch:
         patch.setitem(choose_schedule.__kwdefaults__, "candidates", short)
+        patch.setattr(outliers, "REFERENCES", 64)
         yield
 
 

@@ -92,6 +92,7 @@ def _evaluate(parts: tuple[ImageSet, ImageSet, PatchSplit, PatchSplit], test: Pa
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("short_schedules")
 def test_the_threshold_never_sees_test_patients(
     parts: tuple[ImageSet, ImageSet, PatchSplit, PatchSplit],
 ) -> None:

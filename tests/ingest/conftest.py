@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +78,20 @@ def data() -> Path:
     return DATA
 
 
+def build_clinic(folder: Path, patients: int = 16, **values: Any) -> tuple[Path, Path]:
+    """Make a folder of patients with two images each and a label table keyed by SOPInstanceUID."""
+    rng = np.random.default_rng(0)
+    rows: list[list[str]] = [["SOPInstanceUID", "label"]]
+    for number in range(2 * patients):
+        path = folder / "scans" / f"{number:03d}.dcm"
+        pixels = rng.integers(0, 256, (16, 12), dtype=np.uint8)
+        owner = {"PatientID": f"P{number // 2}", "StudyInstanceUID": f"1.2.4.{number // 2 + 1}"}
+        made = make_dicom(path, pixels, **{**owner, **values})
+        rows.append([made.SOPInstanceUID, "sick" if number // 2 % 2 else "well"])
+    return folder / "scans", write_csv(folder / "labels.csv", rows)
+
+
 @pytest.fixture
 def clinic(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Make a folder of patients with two images each and a label table keyed by SOPInstanceUID."""
-
-    def build(patients: int = 16, **values: Any) -> tuple[Path, Path]:
-        rng = np.random.default_rng(0)
-        rows: list[list[str]] = [["SOPInstanceUID", "label"]]
-        for number in range(2 * patients):
-            path = tmp_path / "scans" / f"{number:03d}.dcm"
-            pixels = rng.integers(0, 256, (16, 12), dtype=np.uint8)
-            owner = {"PatientID": f"P{number // 2}", "StudyInstanceUID": f"1.2.4.{number // 2 + 1}"}
-            made = make_dicom(path, pixels, **{**owner, **values})
-            rows.append([made.SOPInstanceUID, "sick" if number // 2 % 2 else "well"])
-        return tmp_path / "scans", write_csv(tmp_path / "labels.csv", rows)
-
-    return build
+    """Make a clinic in this test's folder."""
+    return partial(build_clinic, tmp_path)

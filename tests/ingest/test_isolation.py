@@ -16,9 +16,16 @@ from typing import Any
 import pytest
 
 from medistill.errors import ConfigError, DataError
+from medistill.ingest import isolation
 from medistill.ingest.isolation import Limits, isolated
 
 QUICK = Limits(seconds=1.0, memory_mb=256, recycle_after=10)
+
+
+@pytest.fixture
+def really_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading processes are started as they are anywhere but in tests, where they are forked."""
+    monkeypatch.setattr(isolation, "subprocess", subprocess)
 
 
 def behave(item: Any) -> Iterator[Any]:
@@ -111,6 +118,7 @@ def collect(items: Any, **options: Any) -> tuple[dict[Any, list[Any]], dict[Any,
     return results, failures
 
 
+@pytest.mark.usefixtures("really_started")
 def test_every_item_ends_once_with_its_results_in_order() -> None:
     results, failures = collect(range(101), jobs=3)
     assert results == {number: [2 * number, 3 * number] for number in range(101)}
@@ -143,6 +151,7 @@ def test_a_child_that_somebody_kills_costs_nothing(tmp_path: Path, monkeypatch: 
     assert results["die once"] == [1, 2]
 
 
+@pytest.mark.usefixtures("really_started")
 def test_a_killed_nursery_ends_the_work_with_an_error() -> None:
     def items() -> Iterator[Any]:
         yield "parent"
@@ -216,6 +225,7 @@ def _gone(pids: list[int]) -> bool:
     return False
 
 
+@pytest.mark.usefixtures("really_started")
 def test_children_end_when_nobody_listens_any_more() -> None:
     stream = isolated(behave, ["pid", "hang"], jobs=1, limits=QUICK)
     pid = next(outcome.result for outcome in stream)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from medistill.ingest import IngestConfig, ingest
 from medistill.ingest.intensity import Policy
 from medistill.ingest.sources.folder import FolderSource, decode_dicom
 from medistill.progress import Progress
-from tests.ingest.conftest import KEY, Recorder, make_dicom, write_csv
+from tests.ingest.conftest import KEY, Recorder, build_clinic, make_dicom, write_csv
 
 Clinic = Callable[..., tuple[Path, Path]]
 SMALL = IngestConfig(size=16, burned_in="allow")
@@ -74,10 +72,24 @@ def run(scans: Path, labels: Path, out: Path, progress: Progress | None = None, 
     return ingest(Counting(scans), out, key=KEY, labels=labels, config=config, jobs=1, progress=progress)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(clinic: Clinic, tmp_path: Path, recorder: Recorder) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, bytes]]:
+    """What an ingestion of a clinic writes that nothing stops."""
+
+    @cache
+    def written(patients: int) -> dict[str, bytes]:
+        folder = tmp_path_factory.mktemp("whole")
+        scans, labels = build_clinic(folder, patients)
+        run(scans, labels, folder / "cohort")
+        return content(folder / "cohort")
+
+    return written
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    clinic: Clinic, tmp_path: Path, recorder: Recorder, whole: Callable[[int], dict[str, bytes]]
+) -> None:
     scans, labels = clinic()
-    run(scans, labels, tmp_path / "whole")
-    decoded(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run(scans, labels, tmp_path / "cohort", Interrupting(20))
     assert not (tmp_path / "cohort").exists()
@@ -87,7 +99,7 @@ def test_an_interrupted_run_goes_on_where_it_was(clinic: Clinic, tmp_path: Path,
     again = decoded(tmp_path)
     assert len(again) == 32 - 21
     assert any("earlier run" in message for message in recorder.messages)
-    assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+    assert content(tmp_path / "cohort") == whole(16)
     assert not (tmp_path / ".cohort.partial").exists()
 
 
@@ -131,9 +143,10 @@ def test_other_settings_begin_again(clinic: Clinic, tmp_path: Path, change: dict
 
 
 @pytest.mark.parametrize("damage", ["journal", "spool", "both"])
-def test_a_damaged_working_folder_is_not_trusted(clinic: Clinic, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_working_folder_is_not_trusted(
+    clinic: Clinic, tmp_path: Path, damage: str, whole: Callable[[int], dict[str, bytes]]
+) -> None:
     scans, labels = clinic()
-    run(scans, labels, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(scans, labels, tmp_path / "cohort", Interrupting(30))
     partial = tmp_path / ".cohort.partial"
@@ -143,7 +156,7 @@ def test_a_damaged_working_folder_is_not_trusted(clinic: Clinic, tmp_path: Path,
     if damage in ("spool", "both"):
         os.truncate(partial / "spool", 5 * 512 + 7)
     run(scans, labels, tmp_path / "cohort")
-    assert content(tmp_path / "cohort") == content(tmp_path / "whole")
+    assert content(tmp_path / "cohort") == whole(16)
 
 
 def test_a_full_disk_throws_nothing_away(
@@ -222,31 +235,38 @@ def test_only_one_process_writes_a_cohort(clinic: Clinic, tmp_path: Path) -> Non
     assert len(content(tmp_path / "cohort")) == 3
 
 
+# Begins an ingestion twice and kills it after so many seconds; the libraries are imported once, before both.
+KILLING = """
+import os, signal, sys, time
+from pathlib import Path
+from medistill.ingest import IngestConfig, ingest
+import medistill.ingest.build, medistill.ingest.sources.folder
+scans, labels, out, delay = sys.argv[1:]
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        config = IngestConfig(size=16, burned_in="allow")
+        ingest(scans, Path(out), key=bytes(range(32)), labels=Path(labels), config=config, jobs=2)
+        os._exit(0)
+    time.sleep(float(delay))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if Path(out).exists():
+        break
+"""
+
+
 @pytest.mark.parametrize("delay", [0.6, 0.9, 1.3])
-def test_killed_at_any_moment(clinic: Clinic, tmp_path: Path, delay: float) -> None:
+def test_killed_at_any_moment(
+    clinic: Clinic, tmp_path: Path, delay: float, whole: Callable[[int], dict[str, bytes]]
+) -> None:
     scans, labels = clinic(patients=60)
-    run(scans, labels, tmp_path / "whole")
-    script = tmp_path / "main.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            from pathlib import Path
-            from medistill.ingest import IngestConfig, ingest
-            ingest({str(scans)!r}, Path({str(tmp_path / "cohort")!r}), key=bytes(range(32)),
-                   labels=Path({str(labels)!r}), config=IngestConfig(size=16, burned_in="allow"), jobs=2)
-            """
-        )
-    )
+    command = [sys.executable, "-c", KILLING, *map(str, (scans, labels, tmp_path / "cohort", delay))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for _ in range(2):
-        with subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.PIPE) as main:
-            time.sleep(delay)
-            main.send_signal(signal.SIGKILL)
-        if (tmp_path / "cohort").exists():
-            break
+    subprocess.run(command, env=environment, stderr=subprocess.PIPE, check=True)
     if not (tmp_path / "cohort").exists():
         ingest(scans, tmp_path / "cohort", key=KEY, labels=labels, config=SMALL, jobs=2)
-    mine, other = content(tmp_path / "cohort"), content(tmp_path / "whole")
+    mine, other = content(tmp_path / "cohort"), dict(whole(60))
     assert mine.pop("profile.json").replace(b"FolderSource", b"Counting") == other.pop("profile.json")
     assert mine == other
 
