@@ -28,7 +28,7 @@ measurement; neither stands for the other.
 
 from importlib import import_module
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # The types of these names stand in __init__.pyi: an import here, even one for type checkers only, would let every
 # module that reads __version__ depend on all floors above it.
