@@ -9,8 +9,7 @@ AUROC of students on test patients, attack the membership AUROC of `medistill au
 from holdout patients). Intervals are means over seeds of 95 % intervals over patients; least and most are single
 seeds. At epsilon inf the same questions are answered exactly. Interrupted, the same command goes on.
 
-A study on data that its owner may look at: so many releases of the same patients together spend far more than any
-epsilon of the table. Their ledger is in the folder of the results, which stays inside; a cohort's is not touched.
+For data its owner may look at (see NOTE). The ledger stays with the results, inside; a cohort's is not touched.
 
 Exit codes: 0 done, 1 failed, 2 usage or input.
 """
@@ -55,8 +54,8 @@ def one_cell(study: dict[str, Any], parts: Parts, epsilon: float, seed: int, out
     if (done := folder.with_suffix(".json")).exists():
         return json.loads(done.read_text(encoding="utf-8"))["cell"]
     show.say(f"epsilon {epsilon:g}, seed {seed}")
-    wanted = {name: study[name] for name in ("delta", "method", "ipc", "settings")}
-    wanted |= {"epsilon": min(epsilon, LIFETIME), "seed": seed}
+    own = {"epsilon": min(epsilon, LIFETIME), "seed": seed}
+    wanted = own | {name: study[name] for name in ("delta", "method", "ipc", "settings")}
     seen = foresee(train.task, tuple(train.images.shape[1:]), **wanted)
     how: dict[str, Any] = {"folder": folder / "checkpoints", "progress": show}
     if math.isinf(epsilon):
@@ -64,16 +63,15 @@ def one_cell(study: dict[str, Any], parts: Parts, epsilon: float, seed: int, out
     else:
         how |= {"ledger": own_ledger(out, study), "sealed": folder / "sealed"}
         made = distill_privately(train, seen, **how).distilled
-    judged = {"train": train, "validation": validation, "tests": {"test": parts["test"]}}
+    judged = {"train": train, "validation": validation, "tests": {"test": parts["test"]}, "progress": show}
     students = EvaluationConfig(arms=("distilled",), seeds=study["students"])
-    reached = evaluate(made, config=students, seed=seed, progress=show, **judged).arms[0].metrics["auroc"]
-    quick = AuditPolicy(profile="quick")  # makes the attack that is read here, and few others
+    reached = evaluate(made, **judged, config=students, seed=seed).arms[0].metrics["auroc"]
     who = {"train": train, "holdout": parts["holdout"], "reference": validation}
-    attacked = audit(made, **who, policy=quick, seed=seed, progress=show)
+    attacked = audit(made, **who, policy=AuditPolicy(profile="quick"), seed=seed, progress=show)
     membership = next(outcome for outcome in attacked.outcomes if outcome.auroc is not None)
     cell = {"epsilon": epsilon if math.isfinite(epsilon) else "inf", "method": made.recipe.method, "seed": seed}
     cell |= {"utility": asdict(reached), "attack": asdict(membership.auroc)}
-    cell["controls_passed"] = all(control.passed for control in membership.controls)
+    cell |= {"controls_passed": all(control.passed for control in membership.controls)}
     keep_record(done, {"cell": cell})
     return cell
 

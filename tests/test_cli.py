@@ -392,7 +392,7 @@ def test_audit_exits_3_unless_it_passes(verdict: Verdict, tmp_path: Path, monkey
     from types import SimpleNamespace
 
     monkeypatch.setattr("medistill.audit.record.closest_pairs", lambda *_, **__: ())
-    images = SimpleNamespace(images=lambda _: None)
+    images = SimpleNamespace(images=lambda _: None, attributes=dict)
     monkeypatch.setattr("medistill.cli.distill.open_cohort", lambda _: SimpleNamespace(split=lambda _: images))
     result = invoke("audit", tmp_path / "run", "--cohort", "cohort")
     assert result.exit_code == (0 if verdict is Verdict.PASS else 3), result.output

@@ -20,6 +20,9 @@ from medistill.seeds import derive_seed
 CONTROL_CONFIDENCE = 0.99
 _SMALL_FPR = 0.01
 _CLEARLY = 0.6
+_TOLD = (
+    "The release tells attributes of its own patients: at least {:.0%} more right guesses than it adds for others."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +207,8 @@ def conclude(
     exposed = [rate.high for fpr, rate in measured.rates.items() if rate is not None and fpr <= _SMALL_FPR]
     contradicted = ceiling is not None and found and max(area.low, 1 - area.high) > ceiling
     within = max(area.high, 1 - area.low) <= policy.auroc_high and max(exposed, default=0.0) <= policy.tpr_high
-    within &= measured.details.excess <= policy.attribute_excess
+    told = measured.details.excess > policy.attribute_excess
+    within &= not told
     verdict = _verdict(
         valid=all(control.passed for control in measured.controls),
         within=within and not contradicted,
@@ -221,7 +225,9 @@ def conclude(
         findings=_findings(measured, classes, ceiling),
         controls=measured.controls,
         verdict=verdict,
-        summary=_summary(verdict, area, detectable, corrected, found=found),
+        summary=_TOLD.format(measured.details.excess)
+        if told and verdict is Verdict.FAIL
+        else _summary(verdict, area, detectable, corrected, found=found),
         roc=statistics.roc(measured.scores.members, measured.scores.others),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -255,7 +256,9 @@ def test_an_excess_beyond_the_policys_is_not_within_its_limits() -> None:
     known = {**drawn(train, seed=9), **KNOWN}
     release = told_by(train, known, "sex", "M")
     lax = {"auroc_high": 0.999, "tpr_high": 0.999}
-    assert outcome(examined(release, known, **lax)).verdict is Verdict.FAIL
+    failed = outcome(examined(release, known, **lax))
+    assert failed.verdict is Verdict.FAIL
+    assert re.match(r"The release tells attributes of its own patients: at least \d+% more", failed.summary)
     assert outcome(examined(release, known, attribute_excess=0.9, **lax)).verdict is Verdict.PASS
 
 
