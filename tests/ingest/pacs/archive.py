@@ -178,6 +178,7 @@ class Orthanc:
         for _ in range(200):
             try:
                 self.request("/system")
+                socket.create_connection(("127.0.0.1", self.dicom_port), timeout=5).close()  # opens later
                 return
             except OSError:
                 time.sleep(0.1)
