@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from medistill import __version__
-from medistill.audit import Exposed, audit, require_patients, write_audit
+from medistill.audit import Exposed, attributes_of, audit, require_patients, write_audit
 from medistill.config import (
     DicomWebSection,
     DimseSection,
@@ -318,15 +318,14 @@ class _Run:
         return {"distill": self.digests["distill"], "audit": asdict(self.config.audit)}
 
     def audit(self) -> None:
-        split = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
-        train, holdout, reference = map(self.images, split.values())
-        cohort, distilled = self.cohort(), self.distilled()
+        train, holdout, reference = map(self.images, (Split.TRAIN, Split.HOLDOUT, Split.VALIDATION))
+        distilled = self.distilled()
         report = audit(
             distilled,
             train=train,
             holdout=holdout,
             reference=reference,
-            attributes={part: cohort.split(name).attributes() for part, name in split.items()},
+            attributes=attributes_of(self.cohort()),
             policy=self.config.audit,
             seed=derive_seed(self.config.seed, "audit"),
             folder=self.folder / "checkpoints",
@@ -381,16 +380,16 @@ class _Run:
             shutil.rmtree(self.folder / "release-superseded", ignore_errors=True)
             earlier.replace(self.folder / "release-superseded")
         check_gate(report, accept=section.accept, forced_reason=section.force_with_reason)
-        staged = self.folder / ".release-next"
+        distilled, staged = self.distilled(), self.folder / ".release-next"
         shutil.rmtree(staged, ignore_errors=True)
         write_release(
             staged,
-            distilled=self.distilled(),
+            distilled=distilled,
             audit=report,
             diagnosis=load_diagnosis(self.folder),
             cohort=cohort_summary(self.cohort()),
             snapshots=load_snapshots(self.folder),
-            moments=load_moments(self.folder / "forming", self.distilled()),
+            moments=load_moments(self.folder / "forming", distilled),
             commands=(
                 "medistill run run.yaml",
                 "# run.yaml, without the source of the images:",

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from medistill import MedistillError, Split, TerminalProgress, Verdict, __version__, load_cohort
-from medistill.audit import AuditPolicy, audit_images, outcome_lines, read_pictures, write_audit
+from medistill.audit import AuditPolicy, attributes_of, audit_images, outcome_lines, read_pictures, write_audit
 
 
 def main(
@@ -51,8 +51,8 @@ def audit_existing(
     real = load_cohort(cohort)
     names = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
     parts = {part: real.split(name).images(size) for part, name in names.items()}
-    known = {part: real.split(name).attributes() for part, name in names.items()}
     release = read_pictures(pictures, table, task=real.task, image_shape=tuple(parts["train"].images.shape[1:]))
+    known = attributes_of(real)
     report = audit_images(
         release, **parts, attributes=known, policy=policy, seed=seed, progress=TerminalProgress()
     )

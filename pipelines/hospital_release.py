@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from medistill import ConfigError, MedistillError, OpenCurator, Split, TerminalProgress, Verdict, cohort_summary
-from medistill.audit import AuditPolicy, audit
+from medistill.audit import AuditPolicy, attributes_of, audit
 from medistill.distill import distill
 from medistill.evaluate import EvaluationConfig, evaluate
 from medistill.ingest import IngestConfig, ingest, load_or_create_key
@@ -75,10 +75,8 @@ def hospital_release(s: Settings, private: Path, show: TerminalProgress) -> None
     # Audit: attacks on patients, each beside its controls. A measurement, never a guarantee.
     parts = {"train": train, "holdout": holdout, "reference": validation}
     policy = AuditPolicy(profile="quick" if s.quick else "default")
-    names = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
-    known = {part: cohort.split(name).attributes() for part, name in names.items()}
-    stored = {"folder": kept, "controls": private / "controls"}
-    report = audit(made.distilled, **parts, attributes=known, policy=policy, seed=SEED, **stored, progress=show)
+    stored = {"folder": kept, "controls": private / "controls", "attributes": attributes_of(cohort)}
+    report = audit(made.distilled, **parts, policy=policy, seed=SEED, **stored, progress=show)
     show.say(f"audit: {report.verdict.value}")
 
     # Evaluate: what the images are worth beside real ones, on patients on whom nothing was chosen.

@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from medistill.audit.attack import Floats
+from medistill.core.cohort import Cohort, Split
 from medistill.core.images import ImageSet
 from medistill.errors import DataError
 
 #: Attribute to its value, of each patient of whom it is known.
 Known = Mapping[str, Mapping[str, str]]
+#: Name of a part of an audit to attribute to the value of each of its images.
+Attributes = Mapping[str, Mapping[str, Sequence[str]]]
+_PARTS = {"train": Split.TRAIN, "holdout": Split.HOLDOUT, "reference": Split.VALIDATION}
 _FLOOR, _SMALLEST, _Z = 1e-6, 1e-3, 1.96
 
 
@@ -61,6 +65,11 @@ class Guesses:
         half = _Z * float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
         value = float(parts[0].mean() - parts[1].mean())
         return value, value - half, value + half
+
+
+def attributes_of(cohort: Cohort) -> Attributes:
+    """What a cohort knows of the images of each part of its audit; the reference are validation patients."""
+    return {part: cohort.split(name).attributes() for part, name in _PARTS.items()}
 
 
 def attributes_of_patients(

@@ -11,7 +11,7 @@ from pathlib import Path
 from medistill.audit.attack import Exposed, Guilty, MembershipAttack, Prepared
 from medistill.audit.control import Controls
 from medistill.audit.copies import Copies, conclude_copies, measure_copies
-from medistill.audit.guesses import Known, attributes_of_patients
+from medistill.audit.guesses import Attributes, Known, attributes_of_patients
 from medistill.audit.mechanism import audit_mechanism
 from medistill.audit.membership import Measured, auroc_ceiling, conclude, measure
 from medistill.audit.one_run import audit_one_run
@@ -32,8 +32,6 @@ from medistill.progress import Progress
 from medistill.registry import ATTACKS
 from medistill.seeds import derive_seed
 
-#: Name of a part to attribute to the value of each of its images.
-Attributes = Mapping[str, Mapping[str, Sequence[str]]]
 _ORDER = (Verdict.INVALID, Verdict.FAIL, Verdict.NOT_ESTIMABLE, Verdict.PASS)
 
 
@@ -75,7 +73,7 @@ def audit(
         reference: Images of further patients, to calibrate on.
         others: Further releases of the same patients, which the attacker holds as well.
         attributes: Of ``train``, ``holdout`` and ``reference``: sex, age band and site of each image, as
-            :meth:`medistill.core.cohort.Cohort.attributes` gives them; without them their inference is not tested.
+            :func:`medistill.audit.guesses.attributes_of` gives them; without them their inference is not tested.
         policy: Which attacks are made, and when the audit passes.
         seed: Public seed.
         folder: Where the negative control keeps its checkpoints.

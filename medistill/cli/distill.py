@@ -150,7 +150,7 @@ def audit(
     Example: `medistill audit run --cohort cohort --policy configs/policy.yaml`
     """
     from medistill import __version__
-    from medistill.audit import Exposed, outcome_lines, write_audit
+    from medistill.audit import Exposed, attributes_of, outcome_lines, write_audit
     from medistill.audit import audit as attack
     from medistill.core.compute import Compute
     from medistill.core.reports import Verdict
@@ -163,15 +163,14 @@ def audit(
     real, size = open_cohort(cohort), distilled.images.shape[-1]
     for folder in (run, *(beside or [])):
         require_cohort(folder, real)
-    split = {"train": "train", "holdout": "holdout", "reference": "validation"}
-    train, holdout, reference = (real.split(name).images(size) for name in split.values())
+    train, holdout, reference = (real.split(name).images(size) for name in ("train", "holdout", "validation"))
     report = attack(
         distilled,
         train=train,
         holdout=holdout,
         reference=reference,
         others=others,
-        attributes={part: real.split(name).attributes() for part, name in split.items()},
+        attributes=attributes_of(real),
         policy=limits,
         seed=seed,
         folder=run / "checkpoints",
