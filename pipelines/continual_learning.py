@@ -66,7 +66,7 @@ def main(
     for curve in curves:
         typer.echo(
             f"{curve.steps:>2} steps  {curve.arm:<10} accuracy: mean of steps {curve.average_accuracy}, "
-            f"at the end {curve.accuracy[-1]}  forgetting {curve.forgetting}  {curve.images[-1]} images"
+            f"at the end {curve.accuracy[-1]}  forgetting {curve.forgetting}  trained on {curve.images[-1]}"
         )
     typer.echo("Wrote continual.csv, .json and .html beside the cells.")
 

@@ -40,19 +40,24 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
+    return two_sites(tmp_path_factory.mktemp("sites"), size=16)
+
+
+def two_sites(folder: Path, *, size: int) -> dict[str, tuple[Path, int]]:
     """Two cohorts of two classes each, of other brightness."""
-    folder, found = tmp_path_factory.mktemp("sites"), {}
+    folder.mkdir(exist_ok=True)
+    found = {}
     for number, name in enumerate(("north", "south")):
-        made = blobs(40, per_patient=1, size=16, seed=number)
+        made = blobs(40, per_patient=1, size=size, seed=number)
         images = (made.images[:, 0].numpy() * (255 if number else 120)).astype(np.uint8)
         patients = np.array([f"{name}{i}" for i in range(len(images))])
         np.savez(
             folder / f"{name}.npz", images=images, labels=made.classes.numpy().astype(str), patient_id=patients
         )
         fractions = SplitFractions(train=0.5, validation=0.25, holdout=0.0, test=0.25)
-        config = IngestConfig(size=16, burned_in="allow", fractions=fractions)
+        config = IngestConfig(size=size, burned_in="allow", fractions=fractions)
         ingest(folder / f"{name}.npz", folder / name, key=bytes([number] * 32), config=config, jobs=1)
-        found[name] = (folder / name, 16)
+        found[name] = (folder / name, size)
     return found
 
 
@@ -219,6 +224,14 @@ def test_a_memory_knows_the_classes_of_its_step_alone(sites: dict[str, tuple[Pat
             targets = load_file(file)["targets"]
             assert targets.shape == (2, 4)
             assert torch.equal(targets.sum(0) > 0, torch.tensor([c in group for c in range(4)]))
+
+
+def test_a_step_of_one_class_is_remembered_in_mosaics_as_others_are(tmp_path: Path) -> None:
+    config = ContinualConfig.from_values({**QUICK, "steps": [2, 4], "seeds": [0], "arms": ["distilled", "random"]})
+    curves = learn_continually(config, two_sites(tmp_path / "sites", size=24), tmp_path)
+    four_each = {"distilled": 4 * config.ipc, "random": config.ipc}
+    for curve in curves:
+        assert curve.images == tuple(four_each[curve.arm] * classes for classes in curve.classes)
 
 
 def test_the_pipeline_by_its_command_line(sites: dict[str, tuple[Path, int]], tmp_path: Path) -> None:

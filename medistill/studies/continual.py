@@ -215,9 +215,11 @@ def _remember(cell: Cell, config: ContinualConfig, mine: ImageSet, group: tuple[
     method, settings = config.method, config.settings
     if cell.arm != "distilled":
         method, settings = "coreset", {"coreset": {"selection": cell.arm}}
-    chosen = resolve_method(method, task, config.ipc).distillers
+    resolved = resolve_method(method, task, config.ipc, image_shape=tuple(mine.images.shape[1:]))
+    chosen = resolved.distillers
     if one and method == "auto":
         chosen, method = chosen[:1], chosen[0]
+        settings = {method: {**resolved.settings.get(method, {}), **settings.get(method, {})}}
     made = distill(
         OpenCurator(local),
         method=method,
@@ -361,7 +363,8 @@ def _facts(config: ContinualConfig) -> dict[str, str]:
         "hospitals join one after another, not a diagnosis within one site. Telling two sites apart is easier "
         "than telling two grades of one disease apart, and the figures mix both.",
         "Arms": f"distilled: {config.ipc} images per class, distilled once by {config.method} when the class "
-        "arrives and never touched again. random and herding: as many real images. all: all real images so far. "
+        "arrives and never touched again; a mosaic of four is one image of the memory and counts as four that are "
+        "trained on. random and herding: as many real images. all: all real images so far. "
         "finetune: one network trained on with the new real images alone. All but the last are trained from "
         "scratch after every step.",
         "Figures": f"Accuracy is the mean recall over the classes seen (balanced). Mean over {len(config.seeds)} "
