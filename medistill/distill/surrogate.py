@@ -70,10 +70,10 @@ class Surrogate:
 
     dimension: int = 128
     made_up: int = 1000
-    drawing: int = 50
-    rate: float = 0.05
+    drawing: int = 150
+    rate: float = 0.1
     sharpness: float = 2.0
-    least_variance: float = 0.015
+    least_variance: float = 0.005
     iterations: int = 600
     formation: int = 2
     width: int = 32

@@ -1,6 +1,6 @@
 """Figures of the private distiller on PneumoniaMNIST: patient-level, delta 1e-5, ten images per class.
 
-Run with ``uv run pytest -m benchmark tests/benchmarks/test_private_pneumoniamnist.py -s``; 25 minutes on one core.
+Run with ``uv run pytest -m benchmark tests/benchmarks/test_private_pneumoniamnist.py -s``; 35 minutes on one core.
 """
 
 from __future__ import annotations
