@@ -16,7 +16,7 @@ from dataclasses import is_dataclass
 from datetime import date
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -30,11 +30,12 @@ from pydantic import (
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_validator,
 )
 
 from medistill.audit import AuditPolicy
 from medistill.core.compute import Compute
-from medistill.core.guarantee import EPSILON_RANGE, LARGEST_DELTA
+from medistill.core.guarantee import EPSILON_RANGE, LARGEST_DELTA, MOST_RUNS
 from medistill.core.reports import Verdict
 from medistill.core.task import Task
 from medistill.distill import resolve_method
@@ -209,7 +210,9 @@ class PrivacySection(_Section):
 
     ``delta: auto`` follows from the next power of ten of the number of patients. ``lifetime`` is the epsilon that
     all releases of the cohort may spend together, fixed when its ledger is made; ``ledger`` names the ledger where
-    several cohorts hold the same patients.
+    several cohorts hold the same patients. With ``expected_runs`` above 1 a random number of runs is made, so many
+    on average, each with settings drawn from the ``candidates``, and the best on validation patients is kept; all
+    of it stays within ``epsilon``.
     """
 
     epsilon: float = Field(ge=EPSILON_RANGE[0], le=EPSILON_RANGE[1])
@@ -218,6 +221,8 @@ class PrivacySection(_Section):
     )
     lifetime: float | None = Field(default=None, ge=EPSILON_RANGE[0], le=EPSILON_RANGE[1])
     ledger: PathField | None = None
+    expected_runs: float = Field(default=1.0, ge=1, le=MOST_RUNS)
+    candidates: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     @field_serializer("delta")
     def _auto(self, delta: float | None) -> float | str:
@@ -379,6 +384,22 @@ class RunConfig(_Section):
             raise _SeveralError([(f"settings.{path}", message) for path, message in error.problems]) from None
         return distill
 
+    @model_validator(mode="after")
+    def _fit_candidates(self) -> Self:
+        candidates = self.privacy.candidates if self.privacy else ()
+        problems: list[_Problem] = []
+        if self.privacy and candidates and not self.privacy.expected_runs > 1:
+            problems.append(("privacy.expected_runs", "expected above 1, as repeated runs choose from candidates"))
+        for number, settings in enumerate(candidates):
+            try:
+                _typed_settings(self.distill.method, settings)
+                _check_parts(self.distill.method, settings, private=True)
+            except _SeveralError as error:
+                problems += [(f"privacy.candidates.{number}.{path}", words) for path, words in error.problems]
+        if problems:
+            raise _SeveralError(problems)
+        return self
+
     @field_validator("evaluate", mode="before")
     @classmethod
     def _one_network(cls, values: object) -> object:
@@ -502,7 +523,7 @@ def _lines(entry: dict[str, Any]) -> list[str]:
     cause = entry.get("ctx", {}).get("error")
     if isinstance(cause, _SeveralError):
         above = ".".join(map(str, entry["loc"]))
-        return [f"{above}.{path}: {message}" for path, message in cause.problems]
+        return [f"{above}.{path}".lstrip(".") + f": {message}" for path, message in cause.problems]
     return [_problem(entry)]
 
 

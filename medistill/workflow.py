@@ -26,6 +26,7 @@ from medistill.config import (
     DimseSection,
     PhantomSection,
     RunConfig,
+    check_settings,
     parse_config,
     shareable,
 )
@@ -252,11 +253,14 @@ class _Run:
 
     def distill_inputs(self) -> Mapping[str, Any]:
         privacy = self.config.privacy
+        of_privacy = {"epsilon", "delta"}
+        if privacy and privacy.expected_runs > 1:
+            of_privacy |= {"expected_runs", "candidates"}
         return {
             "ingest": self.digests["ingest"],
             "distill": self.config.distill.model_dump(),
             "seed": self.config.seed,
-            **({"privacy": privacy.model_dump(include={"epsilon", "delta"})} if privacy else {}),
+            **({"privacy": privacy.model_dump(include=of_privacy)} if privacy else {}),
         }
 
     def require_parts(self) -> None:
@@ -307,6 +311,7 @@ class _Run:
             prospect,
             ledger=open_ledger(self.folder / "cohort", path=privacy.ledger, lifetime=privacy.lifetime),
             sealed=self.folder / "sealed" / self.digests["distill"][:12],
+            validation=self.images(Split.VALIDATION) if prospect.plan.selects else None,
             folder=self.folder / "checkpoints",
             compute=self.config.compute,
             looks=self.config.distill.looks,
@@ -462,6 +467,8 @@ def foresee_run(config: RunConfig, *, patients: int, cohort: Cohort | None = Non
         ipc=section.ipc,
         seed=derive_seed(config.seed, "distill"),
         settings=section.settings,
+        expected_runs=config.privacy.expected_runs,
+        candidates=[check_settings(section.method, each, private=True) for each in config.privacy.candidates],
     )
 
 

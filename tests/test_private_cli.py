@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -305,6 +306,45 @@ def test_an_interrupted_run_goes_on_and_spends_nothing_twice(
     assert resumed.fingerprint() == whole.fingerprint()
 
 
+def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = itertools.cycle([True, False])
+    monkeypatch.setattr("medistill.privacy.curator.another_run", lambda *_, **__: next(again))
+
+
+def test_the_best_of_several_runs_is_distilled_within_one_epsilon(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_runs(monkeypatch)
+    choices = [argument for value in (1, 4) for argument in ("--candidate", f"surrogate.sharpness={value}")]
+    result = spend(cohort, tmp_path / "run", *RUN, "--expected-runs", 2, *choices)
+    assert result.exit_code == 0, result.output
+    assert "2 on average, each with one of 2 candidates" in result.stderr
+    made = load_distilled(tmp_path / "run" / "distilled")
+    assert made.recipe.steps[0].settings["sharpness"] in (1.0, 4.0)
+    assert 0.99 * EPSILON <= made.privacy.epsilon <= EPSILON
+    (one,) = Ledger(cohort / "ledger.jsonl").reservations()
+    assert sorted(one.sealed) == list(range(6))
+    told = invoke("privacy", "ledger", cohort).stdout
+    assert "6 of 3 a run" in told
+    assert "Together: epsilon 20 of 50" in told
+    with (tmp_path / "run" / "forming" / "looks.csv").open() as table:
+        assert len(table.readlines()) == 1 + 5  # of the run that was kept
+    attacked = audit_of(made, load_cohort(cohort))
+    mechanism = next(one for one in attacked if one.attack == "mechanism")
+    assert mechanism.findings["noise_multiplier"] == pytest.approx(min(one_run_noise(made)), rel=1e-5)
+
+
+def one_run_noise(made: DistilledSet) -> list[float]:
+    found = [re.search(r"noise multiplier ([0-9.e+-]+)", event) for event in made.privacy.event]
+    return [float(match.group(1)) for match in found[:-1] if match]
+
+
+def audit_of(made: DistilledSet, real: Any) -> tuple[Any, ...]:
+    train, holdout, reference = (real.split(name).images(16) for name in ("train", "holdout", "validation"))
+    policy = AuditPolicy(profile="quick")
+    return audit(made, train=train, holdout=holdout, reference=reference, policy=policy, seed=0).outcomes
+
+
 def test_the_lifetime_budget_ends_and_the_ledger_tells(cohort: Path, tmp_path: Path) -> None:
     assert invoke("privacy", "ledger", cohort).stdout == "Nothing was spent of 6 at delta 1e-05.\n"
     assert spend(cohort, tmp_path / "a", *FASTER).exit_code == 0
@@ -356,6 +396,15 @@ def test_a_changed_ledger_is_refused(cohort: Path, tmp_path: Path) -> None:
         (["--epsilon", "3", "--delta", "none"], 2, "Expected --delta auto or a number"),
         (["--epsilon", "3", "--delta", "0.5"], 1, "Expected delta in"),
         (["--delta", "1e-6"], 2, "say nothing without --epsilon"),
+        (["--expected-runs", "3"], 2, "say nothing without --epsilon"),
+        (["--epsilon", "3", "--candidate", "surrogate.sharpness=1"], 2, "number of runs must be above 1"),
+        (["--epsilon", "3", "--expected-runs", "0.5"], 1, "Expected 1 to 100 runs"),
+        (
+            ["--epsilon", "3", "--expected-runs", "2", "--candidate", "sharpness=1"],
+            2,
+            "--candidate DISTILLER.NAME",
+        ),
+        (["--epsilon", "3", "--expected-runs", "2", "--method", "gradient_matching"], 1, "sampled"),
         (["--epsilon", "3", "--set", "kernel_ridge.iterations=3"], 2, "not part of surrogate"),
         (["--set", "surrogate.iterations=3"], 2, "not part of distribution_matching"),
     ],
@@ -513,6 +562,21 @@ def test_a_run_distilled_again_takes_up_the_sealed_answers(finished: Path, made:
     assert len(Ledger(run / "cohort" / "ledger.jsonl").reservations()) == 1
 
 
+def test_a_configuration_selects_within_its_epsilon(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_runs(monkeypatch)
+    choices = [{"surrogate": {"sharpness": 1}}, {"surrogate": {"sharpness": 4}}]
+    private = {"expected_runs": 2, "candidates": choices}
+    chosen = config(tmp_path / "run", made.parent, privacy=private)
+    workflow.run(chosen, jobs=1)
+    released = load_distilled(tmp_path / "run" / "distilled")
+    assert isinstance(released.recipe.steps[0].settings["sharpness"], float)
+    assert "2 on average" in released.privacy.event[-1]
+    told = invoke("privacy", "ledger", tmp_path / "run" / "cohort").stdout
+    assert "6 of 3 a run" in told
+
+
 def test_a_run_that_cannot_be_private_stops_before_ingestion(tmp_path: Path) -> None:
     impossible = config(tmp_path / "run", tmp_path, distill={"method": "soft_label", "settings": {}})
     with pytest.raises(PrivacyError, match="needs patients' images themselves"):
@@ -528,6 +592,16 @@ def test_a_run_that_cannot_be_private_stops_before_ingestion(tmp_path: Path) -> 
         ({"privacy": {"epsilon": 0}}, "privacy.epsilon: "),
         ({"privacy": {"delta": "none"}}, "privacy.delta: "),
         ({"privacy": {"epsilons": 3}}, "privacy.epsilons: unknown. Did you mean 'epsilon'?"),
+        ({"privacy": {"expected_runs": 0}}, "privacy.expected_runs: "),
+        ({"privacy": {"candidates": [{"surrogate": {}}]}}, "privacy.expected_runs: expected above 1"),
+        (
+            {"privacy": {"expected_runs": 2, "candidates": [{"surrogate": {"sharp": 1}}]}},
+            "privacy.candidates.0.surrogate.sharp: unknown. Did you mean 'sharpness'?",
+        ),
+        (
+            {"privacy": {"expected_runs": 2, "candidates": [{"surrogate": {}}, {"kernel_ridge": {}}]}},
+            "privacy.candidates.1.kernel_ridge: not part of surrogate",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else json.dumps(value),
 )

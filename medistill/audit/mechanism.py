@@ -125,7 +125,7 @@ def audit_mechanism(
 
 def stated_noise(statement: PrivacyStatement, plan: PrivacyPlan) -> tuple[float, ...]:
     """The noise multipliers that a statement gives, or else those that its claim and plan lead to."""
-    found = [_STATED.search(event) for event in statement.event]
+    found = [_STATED.search(event) for event in statement.event[: len(plan.queries)]]  # what follows is a score
     if len(found) == len(plan.queries) and all(found):
         return tuple(float(match.group(1)) for match in found if match)
     epsilon = min(max(statement.epsilon, EPSILON_RANGE[0]), EPSILON_RANGE[1])

@@ -45,6 +45,17 @@ def distill(
     ledger: Annotated[
         Path | None, typer.Option(help="Ledger, where several cohorts hold the same patients.")
     ] = None,
+    expected_runs: Annotated[
+        float, typer.Option(help="With --epsilon: keep the best of a random number of runs, so many on average.")
+    ] = 1.0,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate",
+            metavar="DISTILLER.NAME=VALUE,...",
+            help="With --expected-runs: settings of which every run draws one; repeatable.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="DISTILLER.NAME=VALUE", help="Change a setting; repeatable."),
@@ -59,9 +70,15 @@ def distill(
     written to COHORT/ledger.jsonl, which refuses more than the lifetime's epsilon; noisy answers are kept in
     RUN/sealed, so that the same command spends nothing twice. No validation patient is looked at.
 
+    With --expected-runs settings may be tuned within the same epsilon: every run draws a candidate, validation
+    patients judge its release by a noisy score, and the best is kept. What it costs is noise, and time.
+
     Example: `medistill distill cohort --method auto --ipc 10 --out run`
 
     Example: `medistill distill cohort --epsilon 3 --delta auto --out run`
+
+    Example: `medistill distill cohort --epsilon 3 --expected-runs 3 --candidate surrogate.sharpness=1 --candidate
+    surrogate.sharpness=4 --out run`
     """
     from medistill.config import check_settings
     from medistill.core.compute import Compute
@@ -75,7 +92,15 @@ def distill(
         raise OutputError(
             "The run folder holds a distilled set already. Choose a new one, so that its audit stays with it."
         )
-    check_options(epsilon, delta=delta, lifetime=lifetime, ledger=ledger, patience=patience)
+    check_options(
+        epsilon,
+        delta=delta,
+        lifetime=lifetime,
+        ledger=ledger,
+        patience=patience,
+        expected_runs=expected_runs,
+        candidates=len(candidates or []),
+    )
     real = open_cohort(cohort)
     train = real.split("train")
     typed = check_settings(method, _settings(settings or []), private=epsilon is not None)
@@ -91,11 +116,16 @@ def distill(
     else:
         shape, count = shape_of_images(real, size), len(train.patients)
         what |= {"epsilon": epsilon, "delta": parse_delta(delta), "patients": count}
+        tried = [_settings(candidate.split(","), option="--candidate") for candidate in candidates or []]
+        what |= {"expected_runs": expected_runs}
+        what |= {"candidates": [check_settings(method, each, private=True) for each in tried]}
         prospect = foresee(real.task, shape, **what)
         for line in described(prospect, around(count)):
             typer.echo(line, err=True)
         book = open_ledger(cohort, path=ledger, lifetime=lifetime)
-        result = distill_privately(train.images(size), prospect, ledger=book, sealed=out / "sealed", **how)
+        how |= {"ledger": book, "sealed": out / "sealed"}
+        how |= {"validation": real.split("validation").images(size) if prospect.plan.selects else None}
+        result = distill_privately(train.images(size), prospect, **how)
     for stale in ("audit.json", "diagnosis.json"):
         (out / stale).unlink(missing_ok=True)
     save_run_distilled(out, result.distilled, result.snapshots)
@@ -105,7 +135,7 @@ def distill(
     typer.echo(f"{len(result.distilled)} images of {size} px in {out}")
 
 
-def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(entries: list[str], *, option: str = "--set") -> dict[str, dict[str, Any]]:
     from medistill.config import parse_value
 
     settings: dict[str, dict[str, Any]] = {}
@@ -113,8 +143,8 @@ def _settings(entries: list[str]) -> dict[str, dict[str, Any]]:
         path, separator, text = entry.partition("=")
         distiller, dot, name = path.partition(".")
         if not (separator and dot):
-            raise ConfigError(f"Expected --set DISTILLER.NAME=VALUE, got {entry!r}.")
-        settings.setdefault(distiller, {})[name] = parse_value(text, option=f"--set {path}")
+            raise ConfigError(f"Expected {option} DISTILLER.NAME=VALUE, got {entry!r}.")
+        settings.setdefault(distiller, {})[name] = parse_value(text, option=f"{option} {path}")
     return settings
 
 

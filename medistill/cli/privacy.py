@@ -79,7 +79,8 @@ def ledger(
     typer.echo(f"{'date':<12}{'recipe':<14}{'epsilon':>8}{'delta':>9}  queries answered")
     for one in reservations:
         about = f"{one.date or '-':<12}{one.recipe[:12] or '-':<14}{one.epsilon:>8.3g}{one.budget.delta:>9.1g}"
-        typer.echo(f"{about}  {len(one.sealed)} of {one.plan.total}")
+        of = f"{one.plan.per_run} a run" if one.plan.selects else f"{one.plan.total}"
+        typer.echo(f"{about}  {len(one.sealed)} of {of}")
     spent = found.spent()
     assert spent is not None
     typer.echo(f"Together: epsilon {spent.epsilon:.3g} {limit}, by {spent.accountants[0]}.")
@@ -91,7 +92,14 @@ def ledger(
 
 
 def check_options(
-    epsilon: float | None, *, delta: str, lifetime: float | None, ledger: Path | None, patience: int
+    epsilon: float | None,
+    *,
+    delta: str,
+    lifetime: float | None,
+    ledger: Path | None,
+    patience: int,
+    expected_runs: float,
+    candidates: int,
 ) -> None:
     """Refuse options that do not go together.
 
@@ -101,6 +109,8 @@ def check_options(
     """
     if epsilon is None and (delta != "auto" or lifetime is not None or ledger is not None):
         raise ConfigError("--delta, --lifetime and --ledger say nothing without --epsilon.")
+    if epsilon is None and (expected_runs != 1 or candidates):
+        raise ConfigError("--expected-runs and --candidate say nothing without --epsilon.")
     if epsilon is not None and patience:
         raise PrivacyError(
             "--patience stops early by looking at validation patients, whom no budget covers. Leave it out."
@@ -140,6 +150,11 @@ def described(prospect: Prospect, patients: Iterable[int]) -> list[str]:
         numbers = f"{query.count:>6}{query.sampling_rate:>8.3g}{sigma:>18.4g}{alone:>15.3g}"
         lines.append(f"{query.purpose[:38]:<40}{numbers}")
     bound = prospect.calibrated.bound
+    if prospect.plan.selects:
+        lines.append(
+            f"This in every one of a random number of runs, {prospect.plan.expected_runs:g} on average, each with "
+            f"one of {len(prospect.candidates)} candidates for settings; the best on validation patients is kept."
+        )
     lines += [f"{'together, by ' + bound.accountants[0]:<40}{bound.epsilon:>47.3g}", ""]
     lines += [_noise(prospect, number) for number in patients]
     lines += [f"Expected utility: {prospect.utility}", "", "Taken as public:"]

@@ -16,6 +16,8 @@ EPSILON_RANGE = (0.05, 50.0)
 LARGEST_DELTA = 1e-2
 #: Most queries of one plan.
 MOST_QUERIES = 1_000_000
+#: Most runs that may be expected where the best of several is kept.
+MOST_RUNS = 100.0
 _PURPOSE = re.compile(r"[a-z0-9][a-z0-9 ,.()+-]{0,79}")
 
 
@@ -143,6 +145,8 @@ class PrivacyPlan:
     Args:
         queries: At least one.
         assumptions: What is taken as public, one plain sentence each.
+        expected_runs: Above 1, the queries are asked in a random number of runs, so many on average, each run ends
+            with a score, and only the best run is kept; see :mod:`medistill.privacy.selection`.
 
     Raises:
         PrivacyError: If there is no query, or there are too many.
@@ -150,20 +154,33 @@ class PrivacyPlan:
 
     queries: tuple[Query, ...]
     assumptions: tuple[str, ...] = ()
+    expected_runs: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.queries:
             raise PrivacyError("Expected a plan of at least one query; without one there is nothing to protect.")
+        if not (_is_number(self.expected_runs) and 1 <= self.expected_runs <= MOST_RUNS):
+            raise PrivacyError(f"Expected 1 to {MOST_RUNS:g} runs on average, got {self.expected_runs!r}.")
         if self.total > MOST_QUERIES:
             raise PrivacyError(f"Expected at most {MOST_QUERIES} queries in a plan, got {self.total}.")
 
     @property
     def total(self) -> int:
-        """Queries in all."""
+        """Queries in all, of one run."""
         return sum(query.count for query in self.queries)
 
+    @property
+    def selects(self) -> bool:
+        """Whether the best of several runs is kept."""
+        return self.expected_runs > 1
+
+    @property
+    def per_run(self) -> int:
+        """Answers of one run: the queries, and the score where there is one."""
+        return self.total + self.selects
+
     def at(self, position: int) -> Query | None:
-        """What may be asked at a position, counted from 0; ``None`` past the end."""
+        """What may be asked at a position of a run, counted from 0; ``None`` past the end and for the score."""
         for query, first in self._firsts():
             if first <= position < first + query.count:
                 return query
@@ -177,7 +194,7 @@ class PrivacyPlan:
 
     @classmethod
     def joined(cls, plans: Sequence[PrivacyPlan]) -> PrivacyPlan:
-        """One plan after the other, each assumption once."""
+        """One plan after the other, each assumption once; each is asked in one run."""
         queries = tuple(query for plan in plans for query in plan.queries)
         return cls(
             queries=queries, assumptions=tuple(dict.fromkeys(a for plan in plans for a in plan.assumptions))
@@ -185,13 +202,19 @@ class PrivacyPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"queries": [query.to_json() for query in self.queries], "assumptions": list(self.assumptions)}
+        runs = {"expected_runs": self.expected_runs} if self.selects else {}
+        return {
+            "queries": [query.to_json() for query in self.queries],
+            "assumptions": list(self.assumptions),
+            **runs,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PrivacyPlan:
         """Inverse of :meth:`to_json`."""
         queries = tuple(Query.from_json(query) for query in values["queries"])
-        return cls(queries=queries, assumptions=tuple(values["assumptions"]))
+        runs = values.get("expected_runs", 1.0)
+        return cls(queries=queries, assumptions=tuple(values["assumptions"]), expected_runs=runs)
 
 
 def _is_number(value: object) -> bool:

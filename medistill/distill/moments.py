@@ -38,11 +38,7 @@ _FEWEST = 16
 _COUNT = 0.5
 _BATCH = 64
 
-ASSUMPTIONS = (
-    "Features are those of a fixed filter bank, scaled by random fields; no patient decides them.",
-    "The settings of the method and of the student's training are fixed beforehand, and nothing is chosen on "
-    "validation patients.",
-)
+ASSUMPTIONS = ("Features are those of a fixed filter bank, scaled by random fields; no patient decides them.",)
 
 
 def moments_plan() -> PrivacyPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from medistill.core.protocols import Embed
 from medistill.core.task import Task
 from medistill.distill.moments import ask_moments, moments_plan
 from medistill.distill.public_features import pink_noise
+from medistill.distill.repeat_and_select import repeat_and_select
 from medistill.distill.runner import (
     LOOKS,
     Distillation,
@@ -28,7 +29,7 @@ from medistill.distill.runner import (
     run_recipe,
 )
 from medistill.distill.watch import Observer
-from medistill.errors import DataError, PrivacyError
+from medistill.errors import ConfigError, DataError, PrivacyError
 from medistill.privacy.accounting import epsilon_of
 from medistill.privacy.calibration import Calibrated, calibrate, mechanisms_of
 from medistill.privacy.curator import ASSUMED, OpenCurator, PrivateCurator
@@ -41,6 +42,16 @@ MEASURED: Mapping[str, Mapping[float, tuple[float, float]]] = {
     "surrogate": {1.0: (0.893, 0.935), 3.0: (0.920, 0.934), 8.0: (0.919, 0.930)},
 }
 _FEWEST = 100
+_FIXED = (
+    "The settings of the method and of the student's training are fixed beforehand, and nothing is chosen on "
+    "validation patients."
+)
+_CHOSEN = (
+    "The settings of every run are drawn from a list that was fixed beforehand, and nothing is chosen on "
+    "validation patients but the run with the best noisy score.",
+    "Which patients are distilled from and which validate was drawn under the cohort's secret key beforehand.",
+    "The number of runs, and what the other runs gave, stay inside.",
+)
 _BEYOND = (
     "The guarantee is about the images, their labels and the recipe. Counts of patients, and the figures of an "
     "audit and an evaluation that stand beside them, are computed on the patients themselves and are not covered."
@@ -66,13 +77,14 @@ class Prospect:
     """A private distillation that was not begun: what it will ask, and with how much noise.
 
     Args:
-        recipe: What will be run.
+        recipe: What will be run; the first of the candidates, where the best of several runs is kept.
         why: Why this method, one sentence.
         task: What is diagnosed.
         image_shape: Shape of one image.
         budget: What may be spent.
         plan: Everything that will be asked.
         calibrated: Noise of every query, and the epsilon of all of them together.
+        candidates: Recipes of which every run draws one, where the best of several runs is kept.
     """
 
     recipe: Recipe
@@ -82,6 +94,7 @@ class Prospect:
     budget: Budget
     plan: PrivacyPlan
     calibrated: Calibrated
+    candidates: tuple[Recipe, ...] = ()
 
     def epsilons(self) -> tuple[float, ...]:
         """Epsilon of each entry of the plan on its own, at the budget's delta; they do not add up."""
@@ -168,6 +181,8 @@ def foresee(
     ipc: int = 10,
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    expected_runs: float = 1.0,
+    candidates: Sequence[Mapping[str, Mapping[str, Any]]] = (),
 ) -> Prospect:
     """Everything that can be known of a private distillation before a patient is touched.
 
@@ -181,9 +196,13 @@ def foresee(
         ipc: Images per class.
         seed: Public seed.
         settings: Per distiller, settings that differ from the defaults.
+        expected_runs: Above 1, a random number of runs is made, so many on average, and the one with the best
+            noisy score on validation patients is kept; they pay for it in noise, not in epsilon.
+        candidates: With it, settings of which every run draws one; beside ``settings``.
 
     Raises:
-        PrivacyError: If the method needs patients' images themselves, or the budget is out of range.
+        PrivacyError: If the method needs patients' images themselves or samples them for one of several runs, the
+            candidates do not ask the same, or the budget is out of range.
         ConfigError: If a name or setting is unknown.
 
     Example:
@@ -192,23 +211,40 @@ def foresee(
         'surrogate'
     """
     chosen = resolve_method(method, task, ipc, image_shape=image_shape, private=True)
-    recipe = make_recipe(
-        task, method=method, ipc=ipc, seed=seed, settings=settings, image_shape=image_shape, private=True
-    )
-    plan, assumptions = plan_of(recipe, task, image_shape), [_BEYOND]
+    if candidates and expected_runs <= 1:
+        raise ConfigError("Candidates are drawn by repeated runs: the expected number of runs must be above 1.")
+    how: dict[str, Any] = {"method": method, "ipc": ipc, "seed": seed, "image_shape": image_shape, "private": True}
+    recipes = [make_recipe(task, settings=_beside(settings, each), **how) for each in candidates or ({},)]
+    plan, *others = (plan_of(recipe, task, image_shape) for recipe in recipes)
+    if any(other != plan for other in others):
+        raise PrivacyError(
+            "The candidates do not ask the same of the patients, so no run could take the place of another. "
+            "Leave out settings that change the questions or their number."
+        )
+    plan = replace(plan, expected_runs=expected_runs)
+    assumptions = [*(_CHOSEN if plan.selects else (_FIXED,)), _BEYOND]
     if delta is None:
         delta, most = automatic_delta(patients), most_patients(patients)
         assumptions.append(f"It is public that there are at most {most} patients; delta follows from that.")
     budget = Budget(epsilon=epsilon, delta=delta)
     return Prospect(
-        recipe=recipe,
+        recipe=recipes[0],
         why=chosen.why,
         task=task,
         image_shape=image_shape,
         budget=budget,
         plan=replace(plan, assumptions=(*plan.assumptions, *assumptions)),
         calibrated=calibrate(budget, plan),
+        candidates=tuple(recipes) if plan.selects else (),
     )
+
+
+def _beside(
+    settings: Mapping[str, Mapping[str, Any]] | None, more: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Settings with others beside them, by distiller."""
+    settings = settings or {}
+    return {name: {**settings.get(name, {}), **more.get(name, {})} for name in {**settings, **more}}
 
 
 def plan_of(recipe: Recipe, task: Task, image_shape: tuple[int, ...]) -> PrivacyPlan:
@@ -233,6 +269,7 @@ def distill_privately(
     *,
     ledger: Ledger,
     sealed: Path | None = None,
+    validation: ImageSet | None = None,
     folder: Path | None = None,
     compute: Compute | None = None,
     looks: int = LOOKS,
@@ -246,6 +283,7 @@ def distill_privately(
         prospect: What :func:`foresee` found.
         ledger: The cohort's.
         sealed: Where noisy answers are kept: the same call there spends nothing again.
+        validation: Other patients, by whom the best of several runs is chosen; looked at for nothing else.
         folder: Where checkpoints are kept.
         compute: Device, precision and workers; the CPU by default.
         looks: Times that the images are looked at as they form; no patient is.
@@ -256,28 +294,23 @@ def distill_privately(
         The distilled set, which states what is proved, and how its images formed.
 
     Raises:
-        PrivacyError: If the ledger refuses, or the kept answers are those of something else.
+        PrivacyError: If the ledger refuses, the kept answers are those of something else, or several runs have
+            nobody to be judged by.
 
     Privacy:
         (epsilon, delta)-differentially private for each patient, as the prospect's budget says.
     """
-    curator = PrivateCurator(
-        images,
-        budget=prospect.budget,
-        plan=prospect.plan,
-        ledger=ledger,
-        store=sealed,
-        recipe=prospect.recipe.fingerprint(),
-    )
+    how: dict[str, Any] = {"folder": folder, "compute": compute, "looks": looks, "observer": observer}
+    how |= {"progress": progress}
+    asked: dict[str, Any] = {"budget": prospect.budget, "plan": prospect.plan, "ledger": ledger}
+    if prospect.plan.selects:
+        if validation is None or sealed is None:
+            raise PrivacyError(
+                "The best of several runs is chosen by validation patients, and answers need a folder; pass both."
+            )
+        return repeat_and_select(images, validation, prospect.candidates, sealed=sealed, **asked, **how)
+    curator = PrivateCurator(images, store=sealed, recipe=prospect.recipe.fingerprint(), **asked)
     try:
-        return run_recipe(
-            prospect.recipe,
-            curator,
-            folder=folder,
-            compute=compute,
-            looks=looks,
-            observer=observer,
-            progress=progress,
-        )
+        return run_recipe(prospect.recipe, curator, **how)
     finally:
         curator.close()

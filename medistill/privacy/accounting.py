@@ -26,9 +26,10 @@ from functools import lru_cache
 
 from scipy.special import log_ndtr
 
-from medistill.core.guarantee import MOST_QUERIES
+from medistill.core.guarantee import MOST_QUERIES, MOST_RUNS
 from medistill.errors import PrivacyError
 from medistill.privacy.accountants import LIBRARIES, PROCESSES, Stopped
+from medistill.privacy.selection import stretch
 
 #: Noise multipliers outside this range are refused: accountants hang, or answer nonsense.
 NOISE_RANGE = (0.01, 1e5)
@@ -79,6 +80,36 @@ class Mechanism:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selected:
+    """The best of a random number of runs, see :mod:`medistill.privacy.selection`.
+
+    Args:
+        mechanisms: What one run does.
+        expected_runs: Mean number of runs, above 1.
+
+    Raises:
+        PrivacyError: If patients are sampled, or a value is out of range.
+    """
+
+    mechanisms: tuple[Mechanism, ...]
+    expected_runs: float
+
+    def __post_init__(self) -> None:
+        if not self.mechanisms or any(one.sampling_rate < 1 for one in self.mechanisms):
+            raise PrivacyError(
+                "The best of several runs can be kept where every query takes all patients; here they are "
+                "sampled. Take another method, or one run."
+            )
+        if not (_between(1.0, self.expected_runs, MOST_RUNS) and self.expected_runs > 1):
+            raise PrivacyError(f"Expected above 1 and at most {MOST_RUNS:g} runs, got {self.expected_runs!r}.")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of all mechanisms of one run together."""
+        return _single(self.mechanisms)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bound:
     """The smallest valid upper bound of epsilon.
 
@@ -101,13 +132,15 @@ class Bound:
 
 
 def epsilon_of(
-    mechanisms: Sequence[Mechanism],
+    mechanisms: Sequence[Mechanism | Selected],
     delta: float,
     *,
     accountants: Sequence[str] = ACCOUNTANTS,
     seconds: float = PATIENCE,
 ) -> Bound:
     """Smallest valid upper bound of epsilon of several mechanisms together.
+
+    A selection divides delta by its number of runs and adds to epsilon; what is left is that of its mechanisms.
 
     Args:
         mechanisms: What is done, in any order; which one comes next may depend on what the others gave.
@@ -120,7 +153,10 @@ def epsilon_of(
         PrivacyError: If an argument is out of range, or epsilon is above 100.
     """
     check_delta(delta)
-    merged = _merged(mechanisms)
+    selections = [one for one in mechanisms if isinstance(one, Selected)]
+    merged = _merged([one for each in mechanisms for one in _parts(each)])
+    added = math.fsum(stretch(one.expected_runs, one.noise_multiplier) for one in selections)
+    at, delta = delta, delta / math.prod(one.expected_runs for one in selections)
     answers, silent = {CLOSED_FORM: analytic_epsilon(_single(merged), delta)}, {}
     least = max(_at_least(one, delta) for one in merged)
     for name in accountants if any(one.sampling_rate < 1 for one in merged) else ():
@@ -134,13 +170,13 @@ def epsilon_of(
             answers[name] = answer
         except Stopped as error:
             silent[name] = str(error)
-    ranked = dict(sorted(answers.items(), key=lambda item: item[1]))
+    ranked = {name: answer + added for name, answer in sorted(answers.items(), key=lambda item: item[1])}
     epsilon = next(iter(ranked.values()))
     if epsilon > LARGEST_EPSILON:
         raise PrivacyError(
             f"Epsilon is above {LARGEST_EPSILON:g}, which protects nobody: raise the noise, or ask less often."
         )
-    return Bound(epsilon=epsilon, delta=delta, answers=ranked, silent=silent)
+    return Bound(epsilon=epsilon, delta=at, answers=ranked, silent=silent)
 
 
 def check_delta(delta: float) -> None:
@@ -198,6 +234,10 @@ def analytic_noise(epsilon: float, delta: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if analytic_delta(middle, epsilon) > delta else (low, middle)
     return high * (1 + 1e-9)
+
+
+def _parts(one: Mechanism | Selected) -> tuple[Mechanism, ...]:
+    return one.mechanisms if isinstance(one, Selected) else (one,)
 
 
 def _merged(mechanisms: Sequence[Mechanism]) -> list[Mechanism]:

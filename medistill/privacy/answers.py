@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from torch import Tensor
 from medistill.errors import OutputError, PrivacyError
 
 _RESERVATION = "reservation"
+_RUNS = "runs.json"
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
 
 
@@ -58,6 +61,22 @@ class Answers:
     def belong_to(self, identity: str) -> None:
         """Note whose answers these will be."""
         self._write(self._folder / _RESERVATION, identity.encode())
+
+    def runs(self) -> tuple[tuple[int, int], ...] | None:
+        """What :meth:`keep_runs` wrote; ``None`` where it was not called."""
+        path = self._folder / _RUNS
+        if not path.exists():
+            return None
+        try:
+            return tuple((int(candidate), int(seed)) for candidate, seed in json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            raise PrivacyError(
+                "The record of the runs is damaged. Begin a new release in another folder."
+            ) from None
+
+    def keep_runs(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Write down which candidate and seed every run has, before the first answer."""
+        self._write(self._folder / _RUNS, json.dumps(runs).encode())
 
     def any(self) -> bool:
         """Whether any answer is kept."""

@@ -14,6 +14,7 @@ from medistill.privacy.accounting import (
     PATIENCE,
     Bound,
     Mechanism,
+    Selected,
     analytic_noise,
     epsilon_of,
 )
@@ -39,7 +40,7 @@ class Calibrated:
 
 
 def mechanisms_of(plan: PrivacyPlan, noise_multipliers: Sequence[float]) -> tuple[Mechanism, ...]:
-    """What a plan is to an accountant.
+    """What one run of a plan is to an accountant.
 
     Args:
         plan: What is asked.
@@ -49,6 +50,16 @@ def mechanisms_of(plan: PrivacyPlan, noise_multipliers: Sequence[float]) -> tupl
         Mechanism(noise_multiplier=sigma, sampling_rate=query.sampling_rate, count=query.count)
         for query, sigma in zip(plan.queries, noise_multipliers, strict=True)
     )
+
+
+def whole(plan: PrivacyPlan, noise_multipliers: Sequence[float]) -> tuple[Mechanism | Selected, ...]:
+    """What a plan with all its runs is to an accountant; arguments as for :func:`mechanisms_of`.
+
+    Raises:
+        PrivacyError: If the best of several runs is to be kept and patients are sampled.
+    """
+    once = mechanisms_of(plan, noise_multipliers)
+    return (Selected(mechanisms=once, expected_runs=plan.expected_runs),) if plan.selects else once
 
 
 @lru_cache(maxsize=16)  # what was shown before a release is asked for again when it begins
@@ -68,6 +79,8 @@ def calibrate(budget: Budget, plan: PrivacyPlan, *, seconds: float = PATIENCE) -
     """
     spread = math.sqrt(sum(query.count / query.relative_noise**2 for query in plan.queries))
     enough = analytic_noise(budget.epsilon, budget.delta) * spread  # exact if nobody is left out
+    if plan.selects:
+        enough = _enough_for_the_best(budget, plan, enough)
     if all(query.sampling_rate == 1 for query in plan.queries):
         return _calibrated(budget, plan, enough, seconds)
     last: Calibrated | None = None
@@ -90,8 +103,23 @@ def _calibrated(budget: Budget, plan: PrivacyPlan, factor: float, seconds: float
     )
 
 
-def _mechanisms(plan: PrivacyPlan, factor: float) -> tuple[Mechanism, ...]:
-    return mechanisms_of(plan, [factor * query.relative_noise for query in plan.queries])
+def _enough_for_the_best(budget: Budget, plan: PrivacyPlan, low: float) -> float:
+    """The least factor with which the best of several runs keeps to the budget, to a millionth; low is not."""
+
+    def kept(factor: float) -> bool:
+        return epsilon_of(_mechanisms(plan, factor), budget.delta).epsilon <= budget.epsilon
+
+    high = 2 * low
+    while not kept(high):
+        low, high = high, 2 * high
+    while high > low * (1 + 1e-6):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    return high
+
+
+def _mechanisms(plan: PrivacyPlan, factor: float) -> tuple[Mechanism | Selected, ...]:
+    return whole(plan, [factor * query.relative_noise for query in plan.queries])
 
 
 def _least_factor(

@@ -17,7 +17,7 @@ from medistill.core.images import ImageSet
 from medistill.core.protocols import Embed, Loss
 from medistill.core.task import Task
 from medistill.errors import PrivacyError
-from medistill.privacy.accounting import PATIENCE
+from medistill.privacy.accounting import PATIENCE, Mechanism, Selected
 from medistill.privacy.answers import Answers, packed
 from medistill.privacy.calibration import calibrate, mechanisms_of
 from medistill.privacy.clipping import check_clip_norm, clipped, grid_step, on_grid
@@ -25,8 +25,10 @@ from medistill.privacy.contributions import images_of, patient_rows
 from medistill.privacy.gradients import ImageGradients
 from medistill.privacy.ledger import Ledger, Reservation
 from medistill.privacy.noise import SYSTEM, Entropy, gaussian, sampled
+from medistill.privacy.selection import another_run, drawn
 
 _CHUNK = 256
+_SEEDS = 2**31
 _MATRIX = 2
 _PROBES = 3
 _APART = 0.02  # the same numbers in half precision and another order
@@ -135,6 +137,8 @@ class PrivateCurator:
         store: Folder in which answers are kept. A second run there takes them up and spends nothing twice; without
             it an interrupted run has to begin, and spend, anew.
         recipe: Fingerprint of the release's recipe, for the ledger.
+        run: Which run of a plan of which the best run is kept, counted from 0. The folder of a later run lies in
+            that of the first one, to whose reservation it belongs.
         seconds: Longest time for each accountant.
 
     Raises:
@@ -154,6 +158,7 @@ class PrivateCurator:
         ledger: Ledger,
         store: Path | None = None,
         recipe: str = "",
+        run: int = 0,
         seconds: float = PATIENCE,
         _entropy: Entropy = SYSTEM,
     ) -> None:
@@ -165,9 +170,13 @@ class PrivateCurator:
         self._patients = images_of(images.patients)
         self._ledger, self._entropy = ledger, _entropy
         self._answers = Answers(store) if store else None
-        self._next = 0
+        self._next, self._first = 0, run * plan.per_run
+        if run:
+            self._join_first_run(store)
         self._reservation = self._taken_up(recipe) or self._reserved(recipe, seconds)
-        self._sealed = dict(self._reservation.sealed)
+        mine = range(self._first, self._first + plan.per_run)
+        sealed = self._reservation.sealed.items()
+        self._sealed = {position - self._first: digest for position, digest in sealed if position in mine}
 
     def _taken_up(self, recipe: str) -> Reservation | None:
         """The reservation that the kept answers belong to, if there is one."""
@@ -186,6 +195,16 @@ class PrivateCurator:
                 "spends its budget anew."
             )
         return found
+
+    def _join_first_run(self, store: Path | None) -> None:
+        """Note in the folder of a later run which reservation it belongs to."""
+        first = Answers(store.parent) if store and self._plan.selects else None
+        identity = first.reservation if first else None
+        if first:
+            first.close()
+        if not (self._answers and identity):
+            raise PrivacyError("A later run belongs to the reservation of the first one; there is none here.")
+        self._answers.belong_to(identity)
 
     def _reserved(self, recipe: str, seconds: float) -> Reservation:
         calibrated = calibrate(self._budget, self._plan, seconds=seconds)
@@ -218,6 +237,38 @@ class PrivateCurator:
     def identity(self) -> str:
         """Random name of this release's reservation; what is kept between runs can be named by it."""
         return self._reservation.identity
+
+    def runs(self, candidates: int) -> tuple[tuple[int, int], ...]:
+        """The secret runs of a plan of which the best run is kept: drawn once, before the first answer, and kept.
+
+        Args:
+            candidates: Number of recipes to choose from.
+
+        Returns:
+            For every run the number of its recipe and its public seed.
+
+        Raises:
+            PrivacyError: If the plan is asked once, or answers were given and the record of the runs is gone.
+        """
+        if not (self._plan.selects and self._answers):
+            raise PrivacyError(
+                "Runs are drawn for a plan of which the best run is kept, with a folder for answers."
+            )
+        found = self._answers.runs()
+        if found is None and self._answers.any():
+            raise PrivacyError(
+                "The record of the runs is missing though answers were given; it must not be drawn again. Put it "
+                "back, or begin a new release, which spends its budget anew."
+            )
+        if found is None:
+            found = (self._drawn_run(candidates),)
+            while another_run(self._plan.expected_runs, entropy=self._entropy):
+                found += (self._drawn_run(candidates),)
+            self._answers.keep_runs(found)
+        return found
+
+    def _drawn_run(self, candidates: int) -> tuple[int, int]:
+        return drawn(candidates, entropy=self._entropy), drawn(_SEEDS, entropy=self._entropy)
 
     @torch.no_grad()
     def sum(self, embed: Embed, *, clip_norm: float = math.inf, sampling_rate: float = 1.0) -> Tensor:
@@ -271,8 +322,43 @@ class PrivateCurator:
         # Single precision is enough for a step, and answers of many steps lie on the disk.
         return gradients.split(self._answer(rows, gradients.numbers, clip_norm, dtype=torch.float32))
 
+    @torch.no_grad()
+    def score(self, images: ImageSet, embed: Embed, *, clip_norm: float) -> Tensor:
+        """The end of a run: a noisy sum over other patients, by which the best of several runs is chosen.
+
+        Args:
+            images: Images of patients who are not distilled from. A patient is in one of the two sums, so the
+                noise is that of all queries of the run together.
+            embed: As for :meth:`sum`.
+            clip_norm: Longest row of a patient.
+
+        Returns:
+            Shape ``(d,)``.
+
+        Raises:
+            PrivacyError: If the plan has no score, a patient is distilled from, or rows depend on other images.
+        """
+        if not self._plan.selects:
+            raise PrivacyError("A score ends a run of a plan of which the best run is kept, and nothing else.")
+        self._next = self._plan.total  # nothing more is asked of those distilled from
+        if not all(patient.strip() for patient in images.patients):
+            raise PrivacyError(
+                "An image names no patient, so nobody's privacy can be bounded. Give every image one."
+            )
+        if set(images.patients) & set(self._images.patients):
+            raise PrivacyError("A patient is among those distilled from and among those a score is made of.")
+        check_clip_norm(clip_norm)
+        like = self._tried(embed)
+
+        def rows(_: list[list[int]]) -> Iterator[Tensor]:
+            return patient_rows(images, images_of(images.patients), embed, chunk=_CHUNK)
+
+        return self._answer(rows, like.shape[1], clip_norm).to(like)
+
     def noise(self, position: int) -> float:
         """Standard deviation of the noise on an answer, over ``clip_norm``; public."""
+        if self._plan.selects and position == self._plan.total:
+            return self._once.noise_multiplier
         first = 0
         for query, sigma in zip(self._plan.queries, self._reservation.noise_multipliers, strict=True):
             if first <= position < first + query.count:
@@ -312,20 +398,33 @@ class PrivateCurator:
         )
 
     def statement(self) -> PrivacyStatement:
-        """What is proved: the epsilon of the whole plan, however much of it was asked."""
+        """What is proved: the epsilon of the whole plan with all its runs, however much of it was asked."""
         mechanisms = mechanisms_of(self._plan, self._reservation.noise_multipliers)
+        events = [
+            f"{query.purpose}: {mechanism.sentence}"
+            for query, mechanism in zip(self._plan.queries, mechanisms, strict=True)
+        ]
+        if self._plan.selects:
+            score = Mechanism(noise_multiplier=self._once.noise_multiplier)
+            events.append(
+                f"the best of a random number of runs, {self._plan.expected_runs:g} on average, each with a score "
+                f"on other patients: {score.sentence}"
+            )
         return PrivacyStatement(
             epsilon=self._reservation.epsilon,
             delta=self._budget.delta,
             accountants=self._reservation.accountants,
-            event=tuple(
-                f"{query.purpose}: {mechanism.sentence}"
-                for query, mechanism in zip(self._plan.queries, mechanisms, strict=True)
-            ),
+            event=tuple(events),
             assumptions=tuple(dict.fromkeys((*ASSUMED, *self._plan.assumptions))),
         )
 
     # -- one query ---------------------------------------------------------------------------------------------
+
+    @property
+    def _once(self) -> Selected:
+        """All queries of one run, for a plan that selects."""
+        once = mechanisms_of(self._plan, self._reservation.noise_multipliers)
+        return Selected(mechanisms=once, expected_runs=self._plan.expected_runs)
 
     def _check(self, kind: QueryKind, clip_norm: float, sampling_rate: float) -> None:
         declared = self._plan.at(self._next)
@@ -385,7 +484,7 @@ class PrivateCurator:
         if self._answers:
             self._answers.keep(position, content)
         digest = hashlib.sha256(content).hexdigest()
-        self._ledger.seal(self._reservation.identity, position, digest)
+        self._ledger.seal(self._reservation.identity, self._first + position, digest)
         self._sealed[position] = digest
 
     def _drawn(
@@ -397,10 +496,10 @@ class PrivateCurator:
     ) -> Tensor:
         """Sampled patients' clipped rows, summed exactly on a grid, and noise on the same grid."""
         query = self._plan.at(self._next)
-        assert query is not None
-        drawn = sampled(len(self._patients), query.sampling_rate, entropy=self._entropy)
+        rate = query.sampling_rate if query else 1.0  # a score takes all
+        present = sampled(len(self._patients), rate, entropy=self._entropy)
         total = torch.zeros(length, dtype=torch.int64)
-        for own in rows([self._patients[i] for i in drawn.nonzero().flatten().tolist()]):
+        for own in rows([self._patients[i] for i in present.nonzero().flatten().tolist()]):
             total += contributions(own, clip_norm).sum(0)
         return noisy(total, self.noise(self._next), clip_norm, entropy=self._entropy).to(dtype)
 

@@ -29,8 +29,8 @@ from typing import IO, Any
 
 from medistill.core.guarantee import EPSILON_RANGE, Budget, PrivacyPlan
 from medistill.errors import OutputError, PrivacyError
-from medistill.privacy.accounting import PATIENCE, Bound, Mechanism, analytic_noise, epsilon_of
-from medistill.privacy.calibration import mechanisms_of
+from medistill.privacy.accounting import PATIENCE, Bound, Mechanism, Selected, analytic_noise, epsilon_of
+from medistill.privacy.calibration import whole
 
 SCHEMA_VERSION = 1
 #: Its name beside a cohort.
@@ -77,9 +77,14 @@ class Reservation:
             raise PrivacyError("Expected a date as YYYY-MM-DD; the ledger takes nothing else.")
 
     @property
-    def mechanisms(self) -> tuple[Mechanism, ...]:
+    def mechanisms(self) -> tuple[Mechanism | Selected, ...]:
         """What it is to an accountant."""
-        return mechanisms_of(self.plan, self.noise_multipliers)
+        return whole(self.plan, self.noise_multipliers)
+
+    def open_at(self, position: int) -> bool:
+        """Whether an answer at a position, counted over all runs, may be given now."""
+        most = math.inf if self.plan.selects else self.plan.total
+        return max(self.sealed, default=-1) < position < most
 
 
 @dataclass(kw_only=True)
@@ -189,7 +194,7 @@ class Ledger:
 
         Args:
             identity: The reservation.
-            position: Which query of its plan, counted from 0; the next one.
+            position: Which query of its plan, counted from 0 and over all runs; the next one.
             digest: SHA-256 of the noisy answer.
 
         Raises:
@@ -200,7 +205,7 @@ class Ledger:
         with self._open() as file:
             self._read(file, trust=True)
             found = self._state.reservations.get(identity)
-            if found is None or found.plan.at(position) is None or position <= max(found.sealed, default=-1):
+            if found is None or not found.open_at(position):
                 raise PrivacyError(
                     f"Query {position + 1} is not open: it is not in the plan that was reserved, or its answer "
                     "was drawn before. Nothing more may be asked."
@@ -351,7 +356,7 @@ def _changed() -> PrivacyError:
     )
 
 
-def _mechanisms(reservations: Any) -> tuple[Mechanism, ...]:
+def _mechanisms(reservations: Any) -> tuple[Mechanism | Selected, ...]:
     return tuple(one for reservation in reservations for one in reservation.mechanisms)
 
 

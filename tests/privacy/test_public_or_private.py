@@ -49,6 +49,8 @@ def test_class_and_patient_counts_are_noised_coordinates_and_nothing_else_tells_
         "identity",
         "sum",
         "gradient",
+        "score",
+        "runs",
         "noise",
         "resume",
         "close",
