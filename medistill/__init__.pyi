@@ -12,6 +12,7 @@ from medistill.core.reports import DiagnosticReport as DiagnosticReport
 from medistill.core.reports import Estimate as Estimate
 from medistill.core.reports import Verdict as Verdict
 from medistill.core.task import Task as Task
+from medistill.cpu import prepare_cpu as prepare_cpu
 from medistill.diagnose import load_model as load_model
 from medistill.diagnose import predict_files as predict_files
 from medistill.diagnose import train_on_release as train_on_release
@@ -62,6 +63,7 @@ __all__ = [
     "load_model",
     "load_release",
     "predict_files",
+    "prepare_cpu",
     "run",
     "train_on_release",
     "verify_release",

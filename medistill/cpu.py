@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def prepare_cpu() -> None:
-    """Apply both settings; for processes of ours only, called by the command line before torch is loaded."""
+    """Apply both settings; for processes of ours only: the command line, the pipelines and their workers."""
     use_one_thread()
     keep_freed_memory()
 
@@ -24,7 +24,11 @@ def use_one_thread() -> None:
     The layers are so small that a second thread gains little, and on a core that another process holds it costs a
     factor of three to ten. With one thread the bits do not depend on the number of cores either.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:  # it has read the variable already
+        sys.modules["torch"].set_num_threads(1)
 
 
 def keep_freed_memory() -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
+from medistill.cpu import keep_freed_memory
 from medistill.errors import ConfigError
 
 ENGINES = ("local", "ray")
@@ -85,7 +86,7 @@ def _on_this_machine(function: Callable[[Item], Result], items: Iterable[Item], 
     from joblib import Parallel, delayed  # noqa: PLC0415
 
     pool = Parallel(n_jobs=jobs, return_as="generator", batch_size="auto")
-    results = pool(delayed(function)(item) for item in items)
+    results = pool(delayed(_in_worker)(function, item) for item in items)
     try:
         for result in results:  # noqa: UP028 - closing must happen below, not on the way out
             yield result
@@ -94,6 +95,12 @@ def _on_this_machine(function: Callable[[Item], Result], items: Iterable[Item], 
             warnings.simplefilter("ignore", UserWarning)  # results that an interruption leaves unused
             results.close()
         _stop_idle_workers()
+
+
+def _in_worker(function: Callable[[Item], Result], item: Item) -> Result:
+    """The function, in a process of ours; what the allocator was told is not inherited."""
+    keep_freed_memory()
+    return function(item)
 
 
 def _on_a_cluster(
@@ -106,7 +113,7 @@ def _on_a_cluster(
         window = pool._effective_n_jobs() * _ITEMS_PER_WORKER
         waiting = iter(items)
         while some := list(islice(waiting, window)):
-            yield from pool(delayed(function)(item) for item in some)
+            yield from pool(delayed(_in_worker)(function, item) for item in some)
 
 
 def _backend(engine: str) -> str:

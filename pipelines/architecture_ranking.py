@@ -114,4 +114,5 @@ def main(
 
 
 if __name__ == "__main__":
+    medistill.prepare_cpu()
     typer.run(main)

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from medistill import MedistillError, Split, TerminalProgress, Verdict, __version__, load_cohort
+from medistill import MedistillError, Split, TerminalProgress, Verdict, __version__, load_cohort, prepare_cpu
 from medistill.audit import AuditPolicy, attributes_of, audit_images, outcome_lines, read_pictures, write_audit
 
 
@@ -66,4 +66,5 @@ def audit_existing(
 
 
 if __name__ == "__main__":
+    prepare_cpu()
     typer.run(main)

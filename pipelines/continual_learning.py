@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from medistill import MedistillError, TerminalProgress
+from medistill import MedistillError, TerminalProgress, prepare_cpu
 from medistill.studies import ContinualConfig, cohort_of, learn_continually, read_study
 
 # What --quick changes: enough to see every step work, too little for figures that are of use.
@@ -72,6 +72,7 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_cpu()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

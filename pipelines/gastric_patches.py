@@ -139,6 +139,7 @@ def main(
 
 
 if __name__ == "__main__":
+    medistill.prepare_cpu()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 
+import medistill
 from medistill import ConfigError, MedistillError, OpenCurator, Split, TerminalProgress, Verdict, cohort_summary
 from medistill.audit import AuditPolicy, attributes_of, audit
 from medistill.distill import distill
@@ -140,6 +141,7 @@ def main(
 
 
 if __name__ == "__main__":
+    medistill.prepare_cpu()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
     app.command()(main)
     app()

@@ -30,6 +30,7 @@ def run_pipeline(name: str, *arguments: object) -> Done:
     command = [str(path), *map(str, arguments)]
     plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
     with (
+        patch("medistill.cpu.keep_freed_memory") as kept,  # this process is not the pipeline's own
         patch.object(sys, "argv", command),
         patch.dict(os.environ, plain),
         redirect_stdout(out),
@@ -39,4 +40,5 @@ def run_pipeline(name: str, *arguments: object) -> Done:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as stopped:
             code = int(stopped.code or 0)
+    assert kept.called
     return Done(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -420,9 +421,18 @@ def test_a_medmnist_file_is_ingested_once_and_another_one_is_told_from_it(tmp_pa
     before = (path / "profile.json").stat().st_mtime_ns
     assert cohort_of("sites.solid", section, folder) == (path, 16)
     assert (path / "profile.json").stat().st_mtime_ns == before
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    assert cohort_of("sites.solid", section, copied) == (copied / "cohort", 16)
     write(source, 1)  # another file of the same name
     with pytest.raises(ConfigError, match=r"sites\.solid: another source was ingested"):
         cohort_of("sites.solid", section, folder)
+    with pytest.raises(ConfigError, match=r"sites\.solid: another source was ingested"):
+        cohort_of("sites.solid", section, copied)
+
+
+def test_a_configuration_that_is_not_there_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nosuch\.yaml: No such file"):
+        read_study(tmp_path / "nosuch.yaml", "sites")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ NAMES = [
     "load_model",
     "load_release",
     "predict_files",
+    "prepare_cpu",
     "run",
     "train_on_release",
     "verify_release",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import pytest
+import torch
 
 from medistill import cpu, doctor
 from medistill.parallel import cpu_count, parallel_map
@@ -42,6 +44,17 @@ def test_named_seeds_differ_and_repeat() -> None:
 
 def test_glibc_takes_the_advice_exactly_where_it_is_there() -> None:
     assert cpu.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_one_thread_also_where_torch_was_loaded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cpu.use_one_thread()
+    assert (os.environ["OMP_NUM_THREADS"], asked) == ("2", [])
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cpu.use_one_thread()
+    assert (os.environ["OMP_NUM_THREADS"], asked) == ("1", [1])
 
 
 def test_doctor_reports_a_mismatched_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from medistill.config import load_config
+from medistill.config import load_config, read_yaml
 from medistill.errors import ConfigError
 from medistill.ingest import ingest, load_or_create_key
 from medistill.ingest.phantom import PhantomConfig, write_phantom
@@ -38,11 +38,8 @@ def read_study(path: Path, sections: str) -> tuple[Path, Mapping[str, Mapping[st
     Raises:
         ConfigError: If the file cannot be read, or has no output or no sections.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise ConfigError(f"The configuration {path.name} cannot be read as YAML.") from None
-    found = values.get(sections) if isinstance(values, dict) else None
+    values = read_yaml(path)
+    found = values.get(sections)
     if not isinstance(found, dict) or not found or "output" not in values:
         raise ConfigError(f"The configuration needs output and {sections} (name: section).")
     for name, section in found.items():
@@ -85,12 +82,18 @@ def cohort_of(
     written = yaml.safe_dump({"output": str(folder), **parts, "distill": {"size": size}}, sort_keys=False)
     note = folder / "source.yaml"
     if (folder / "cohort").exists():
-        if not note.exists() or note.read_text(encoding="utf-8") != written:
+        if not note.exists() or _moved(note.read_text(encoding="utf-8"), folder) != written:
             raise ConfigError(f"{name}: another source was ingested under this name. Choose another name.")
         return folder / "cohort", size
     keep(note, written.encode())
     _ingest(note, folder, progress or Progress())
     return folder / "cohort", size
+
+
+def _moved(noted: str, folder: Path) -> str:
+    """What was noted in a folder, as if it had been there from the beginning; folders may be copied."""
+    before = yaml.safe_load(noted)["output"]
+    return noted.replace(f"{before}\n", f"{folder}\n").replace(f"{before}/", f"{folder}/")
 
 
 def _ingest(note: Path, folder: Path, progress: Progress) -> None:
