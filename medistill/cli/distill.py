@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ import typer
 from medistill.cli.app import app, guarded, noted_commands, open_cohort, progress, remember_command
 from medistill.cli.privacy import around, check_options, described, parse_delta
 from medistill.errors import ConfigError, OutputError
+
+_NEXT = re.compile(r",(?=\w+\.\w+=)")  # between the settings of a candidate, and not within one
 
 
 @app.command()
@@ -68,10 +71,12 @@ def distill(
 
     With --epsilon the release is differentially private for each patient. What it will ask is shown first and
     written to COHORT/ledger.jsonl, which refuses more than the lifetime's epsilon; noisy answers are kept in
-    RUN/sealed, so that the same command spends nothing twice. No validation patient is looked at.
+    RUN/sealed, so that the same command spends nothing twice. Without --expected-runs no validation patient is
+    looked at.
 
-    With --expected-runs settings may be tuned within the same epsilon: every run draws a candidate, validation
-    patients judge its release by a noisy score, and the best is kept. What it costs is noise, and time.
+    With --expected-runs settings may be tuned within the same epsilon: every run draws a candidate and a seed,
+    validation patients judge its release by a noisy score, and the best is kept. What it costs is noise, and time.
+    How many runs there were must not be published.
 
     Example: `medistill distill cohort --method auto --ipc 10 --out run`
 
@@ -116,7 +121,7 @@ def distill(
     else:
         shape, count = shape_of_images(real, size), len(train.patients)
         what |= {"epsilon": epsilon, "delta": parse_delta(delta), "patients": count}
-        tried = [_settings(candidate.split(","), option="--candidate") for candidate in candidates or []]
+        tried = [_settings(_NEXT.split(candidate), option="--candidate") for candidate in candidates or []]
         what |= {"expected_runs": expected_runs}
         what |= {"candidates": [check_settings(method, each, private=True) for each in tried]}
         prospect = foresee(real.task, shape, **what)

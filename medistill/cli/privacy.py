@@ -79,8 +79,8 @@ def ledger(
     typer.echo(f"{'date':<12}{'recipe':<14}{'epsilon':>8}{'delta':>9}  queries answered")
     for one in reservations:
         about = f"{one.date or '-':<12}{one.recipe[:12] or '-':<14}{one.epsilon:>8.3g}{one.budget.delta:>9.1g}"
-        of = f"{one.plan.per_run} a run" if one.plan.selects else f"{one.plan.total}"
-        typer.echo(f"{about}  {len(one.sealed)} of {of}")
+        answered = "several runs" if one.plan.selects else f"{len(one.sealed)} of {one.plan.total}"
+        typer.echo(f"{about}  {answered}")
     spent = found.spent()
     assert spent is not None
     typer.echo(f"Together: epsilon {spent.epsilon:.3g} {limit}, by {spent.accountants[0]}.")
@@ -153,7 +153,7 @@ def described(prospect: Prospect, patients: Iterable[int]) -> list[str]:
     if prospect.plan.selects:
         lines.append(
             f"This in every one of a random number of runs, {prospect.plan.expected_runs:g} on average, each with "
-            f"one of {len(prospect.candidates)} candidates for settings; the best on validation patients is kept."
+            f"settings from a list of {len(prospect.candidates)}; the best on validation patients is kept."
         )
     lines += [f"{'together, by ' + bound.accountants[0]:<40}{bound.epsilon:>47.3g}", ""]
     lines += [_noise(prospect, number) for number in patients]

@@ -49,7 +49,6 @@ _FIXED = (
 _CHOSEN = (
     "The settings of every run are drawn from a list that was fixed beforehand, and nothing is chosen on "
     "validation patients but the run with the best noisy score.",
-    "Which patients are distilled from and which validate was drawn under the cohort's secret key beforehand.",
     "The number of runs, and what the other runs gave, stay inside.",
 )
 _BEYOND = (
@@ -131,10 +130,11 @@ class Prospect:
             return f"Not known: {self.recipe.method} was not measured under differential privacy."
         nearest = min(measured, key=lambda epsilon: abs(math.log(epsilon / self.budget.epsilon)))
         low, high = measured[nearest]
+        single = " The figures are of single runs, which have less noise." if self.plan.selects else ""
         return (
             f"On PneumoniaMNIST (10 images per class) students reached a test AUROC of {low:.3f} "
             f"to {high:.3f} at epsilon {nearest:g} and delta 1e-05. Fewer patients, rarer classes or subtler "
-            "findings give less."
+            f"findings give less.{single}"
         )
 
 
@@ -212,7 +212,9 @@ def foresee(
     """
     chosen = resolve_method(method, task, ipc, image_shape=image_shape, private=True)
     if candidates and expected_runs <= 1:
-        raise ConfigError("Candidates are drawn by repeated runs: the expected number of runs must be above 1.")
+        raise ConfigError(
+            "Candidates are drawn by repeated runs: expected_runs (--expected-runs) must be above 1."
+        )
     how: dict[str, Any] = {"method": method, "ipc": ipc, "seed": seed, "image_shape": image_shape, "private": True}
     recipes = [make_recipe(task, settings=_beside(settings, each), **how) for each in candidates or ({},)]
     plan, *others = (plan_of(recipe, task, image_shape) for recipe in recipes)

@@ -20,7 +20,7 @@ from medistill.distill.runner import Distillation, run_recipe
 from medistill.distill.watch import Look, Observer
 from medistill.errors import DataError
 from medistill.networks.convnet import ConvNet
-from medistill.privacy.curator import PrivateCurator
+from medistill.privacy.curator import PrivateCurator, check_apart
 from medistill.progress import Progress
 from medistill.seeds import derive_seed
 from medistill.training.fit import fit, predict
@@ -90,27 +90,26 @@ def repeat_and_select(
     """
     progress, compute = progress or Progress(), compute or Compute()
     curator |= {"recipe": names_of(recipes)}
-    first = PrivateCurator(images, store=sealed, **curator)
-    done: list[_Done] = []
+    check_apart(images, validation)
+    first, done = PrivateCurator(images, store=sealed, **curator), list[_Done]()
     try:
-        runs = first.runs(len(recipes))
+        for number, (chosen, seed) in enumerate(runs := first.runs(len(recipes))):
+            progress.say(f"run {number + 1}")  # how many there are is secret
+            own, recipe, seen = first.run(number), replace(recipes[chosen], seed=seed), list[Look]()
+            how: dict[str, Any] = {"compute": compute, "progress": progress, "observer": seen.append}
+            try:
+                place = folder and folder / f"run-{number:04d}"
+                made = run_recipe(recipe, own, folder=place, looks=looks, **how)
+                score = noisy_score(own, made.distilled, validation, compute)
+                done.append(_Done(score=score, made=made, looks=tuple(seen)))
+            except DataError:  # what the noise hid, no patient decides beyond the answer
+                if number + 1 == len(runs) and not done:
+                    raise
+            finally:
+                if own is not first:
+                    own.close()
     finally:
         first.close()
-    for number, (chosen, seed) in enumerate(runs):
-        progress.say(f"run {number + 1} of {len(runs)}")
-        store = sealed if number == 0 else sealed / f"{number:04d}"
-        own = PrivateCurator(images, store=store, run=number, **curator)
-        recipe, seen = replace(recipes[chosen], seed=seed), list[Look]()
-        how: dict[str, Any] = {"compute": compute, "progress": progress, "looks": looks, "observer": seen.append}
-        try:
-            made = run_recipe(recipe, own, folder=folder and folder / f"run-{number:04d}", **how)
-            score = noisy_score(own, made.distilled, validation, compute)
-            done.append(_Done(score=score, made=made, looks=tuple(seen)))
-        except DataError:  # what the noise hid, no patient decides beyond the answer
-            if number + 1 == len(runs) and not done:
-                raise
-        finally:
-            own.close()
     best = max(done, key=lambda one: one.score)
     for look in best.looks if observer else ():
         assert observer is not None
@@ -165,6 +164,7 @@ def closeness(network: nn.Module, images: Tensor, targets: Tensor, *, task: Task
     missed = (found - targets).square()
     multilabel = task.kind is TaskKind.MULTILABEL
     close = _CLOSEST - (missed.mean(1) if multilabel else missed.sum(1) / 2)
+    close = close.nan_to_num(-_CLOSEST)  # of a student that diverged
     pair = torch.stack([close, torch.full_like(close, _COUNT)], dim=1)
     places = torch.ones_like(pair[:, :1]) if multilabel else targets.to(pair)
     return (places[:, :, None] * pair[:, None, :]).flatten(1)

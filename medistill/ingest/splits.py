@@ -2,14 +2,14 @@
 
 Patients who share an image (identical pixels) or a study are taken for one person and stay together. Within each
 class the order comes from a keyed hash, so a division is reproducible with the key and the seed, and cannot be
-guessed without.
+guessed without. Where patients are divided independently, each one's own hash decides and nobody else.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from medistill.core.cohort import Split
 from medistill.errors import ConfigError, SourceError
@@ -27,6 +27,9 @@ class SplitFractions:
         validation: Schedules, operating points and the audit's reference.
         holdout: The audit's non-members.
         test: Diagnosis; not used where the source gives a test split.
+        independent: Whether each patient is drawn on their own. Shares then hold on average only, and no patient
+            more or less moves another one: what differential privacy needs in order to hold for all patients of
+            the hospital, and not only for those distilled from.
 
     Raises:
         ConfigError: If a share is negative, nothing is left to train on, or they do not add up to 1.
@@ -38,9 +41,10 @@ class SplitFractions:
     validation: float = 0.15
     holdout: float = 0.15
     test: float = 0.15
+    independent: bool = False
 
     def __post_init__(self) -> None:
-        shares = asdict(self)
+        shares = {split.value: float(getattr(self, split.value)) for split in Split}
         problems = [f"expected {name} >= 0, got {share}" for name, share in shares.items() if not share >= 0]
         if not self.train > 0:
             problems.append(f"expected train > 0, got {self.train}")
@@ -104,12 +108,25 @@ def assign_splits(
     tested = {person[member.patient] for member in members if member.given_test}
     shares = fractions.shares(given_test=bool(tested))
     home: dict[str, Split] = {}
-    for patients in _strata(members, person, tested).values():
+    if fractions.independent:
+        for patient in set(person.values()) - tested:
+            home[patient] = _by_own_hash(pseudonymiser.digest("split", f"{seed}|{patient}"), shares)
+    for patients in () if fractions.independent else _strata(members, person, tested).values():
         order = sorted(patients, key=lambda patient: pseudonymiser.digest("split", f"{seed}|{patient}"))
         home.update(zip(order, _sequence(len(order), shares), strict=True))
     places = [_place(member, person[member.patient], tested, home) for member in members]
     _check_complete(members, places, shares, person)
     return places
+
+
+def _by_own_hash(digest: bytes, shares: Mapping[Split, float]) -> Split:
+    """Split of a patient whose hash is a number from 0 to 1."""
+    at, total = int.from_bytes(digest, "big") / 256 ** len(digest), 0.0
+    for split, share in shares.items():
+        total += share
+        if at < total:
+            return split
+    return split
 
 
 def _place(member: Member, patient: str, tested: set[str], home: dict[str, Split]) -> Split | None:

@@ -41,6 +41,7 @@ ACCOUNTANTS = (CLOSED_FORM, *LIBRARIES)
 #: Longest time for each accountant, in seconds.
 PATIENCE = 60.0
 _SILLY = 0.99
+_LEAST_DELTA = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,8 @@ def epsilon_of(
     merged = _merged([one for each in mechanisms for one in _parts(each)])
     added = math.fsum(stretch(one.expected_runs, one.noise_multiplier) for one in selections)
     at, delta = delta, delta / math.prod(one.expected_runs for one in selections)
+    if delta < _LEAST_DELTA:
+        raise PrivacyError("So many selections leave nothing of delta: expected fewer, or fewer runs of each.")
     answers, silent = {CLOSED_FORM: analytic_epsilon(_single(merged), delta)}, {}
     least = max(_at_least(one, delta) for one in merged)
     for name in accountants if any(one.sampling_rate < 1 for one in merged) else ():

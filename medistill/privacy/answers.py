@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import weakref
@@ -62,13 +63,23 @@ class Answers:
         """Note whose answers these will be."""
         self._write(self._folder / _RESERVATION, identity.encode())
 
-    def runs(self) -> tuple[tuple[int, int], ...] | None:
-        """What :meth:`keep_runs` wrote; ``None`` where it was not called."""
+    def runs(self, candidates: float = math.inf) -> tuple[tuple[int, int], ...] | None:
+        """What :meth:`keep_runs` wrote; ``None`` where it was not called.
+
+        Args:
+            candidates: Number of recipes there are to choose from.
+
+        Raises:
+            PrivacyError: If the record is damaged.
+        """
         path = self._folder / _RUNS
         if not path.exists():
             return None
         try:
-            return tuple((int(candidate), int(seed)) for candidate, seed in json.loads(path.read_bytes()))
+            found = tuple((int(candidate), int(seed)) for candidate, seed in json.loads(path.read_bytes()))
+            if not found or not all(0 <= candidate < candidates and seed >= 0 for candidate, seed in found):
+                raise ValueError
+            return found
         except (ValueError, TypeError):
             raise PrivacyError(
                 "The record of the runs is damaged. Begin a new release in another folder."

@@ -11,6 +11,7 @@ from medistill.core.guarantee import Budget, PrivacyPlan
 from medistill.errors import PrivacyError
 from medistill.privacy.accounting import (
     ACCOUNTANTS,
+    NOISE_RANGE,
     PATIENCE,
     Bound,
     Mechanism,
@@ -109,9 +110,10 @@ def _enough_for_the_best(budget: Budget, plan: PrivacyPlan, low: float) -> float
     def kept(factor: float) -> bool:
         return epsilon_of(_mechanisms(plan, factor), budget.delta).epsilon <= budget.epsilon
 
-    high = 2 * low
-    while not kept(high):
-        low, high = high, 2 * high
+    most = NOISE_RANGE[1] / max(query.relative_noise for query in plan.queries)
+    high = min(2 * low, most)
+    while high < most and not kept(high):
+        low, high = high, min(2 * high, most)
     while high > low * (1 + 1e-6):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if kept(middle) else (middle, high)

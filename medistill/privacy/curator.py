@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import secrets
@@ -35,6 +36,7 @@ _APART = 0.02  # the same numbers in half precision and another order
 #: What every private release takes for granted.
 ASSUMED = (
     "Images reach the unit interval by a fixed public scaling, and every image names its patient.",
+    "Which patients are distilled from, and which are in other splits, is taken as given.",
     "Settings, image size, class names and images per class were chosen without looking at these patients.",
     "Whoever runs the distillation is trusted, and running times are not published.",
     "Other releases of the same patients add up; the ledger of the cohort counts them.",
@@ -137,8 +139,6 @@ class PrivateCurator:
         store: Folder in which answers are kept. A second run there takes them up and spends nothing twice; without
             it an interrupted run has to begin, and spend, anew.
         recipe: Fingerprint of the release's recipe, for the ledger.
-        run: Which run of a plan of which the best run is kept, counted from 0. The folder of a later run lies in
-            that of the first one, to whose reservation it belongs.
         seconds: Longest time for each accountant.
 
     Raises:
@@ -158,25 +158,17 @@ class PrivateCurator:
         ledger: Ledger,
         store: Path | None = None,
         recipe: str = "",
-        run: int = 0,
         seconds: float = PATIENCE,
         _entropy: Entropy = SYSTEM,
     ) -> None:
-        if not all(patient.strip() for patient in images.patients):
-            raise PrivacyError(
-                "An image names no patient, so nobody's privacy can be bounded. Give every image one."
-            )
+        _check_named(images)
         self._images, self._budget, self._plan = images, budget, plan
         self._patients = images_of(images.patients)
         self._ledger, self._entropy = ledger, _entropy
         self._answers = Answers(store) if store else None
-        self._next, self._first = 0, run * plan.per_run
-        if run:
-            self._join_first_run(store)
+        self._next, self._first, self._store = 0, 0, store
         self._reservation = self._taken_up(recipe) or self._reserved(recipe, seconds)
-        mine = range(self._first, self._first + plan.per_run)
-        sealed = self._reservation.sealed.items()
-        self._sealed = {position - self._first: digest for position, digest in sealed if position in mine}
+        self._sealed = self._sealed_of_run()
 
     def _taken_up(self, recipe: str) -> Reservation | None:
         """The reservation that the kept answers belong to, if there is one."""
@@ -196,15 +188,10 @@ class PrivateCurator:
             )
         return found
 
-    def _join_first_run(self, store: Path | None) -> None:
-        """Note in the folder of a later run which reservation it belongs to."""
-        first = Answers(store.parent) if store and self._plan.selects else None
-        identity = first.reservation if first else None
-        if first:
-            first.close()
-        if not (self._answers and identity):
-            raise PrivacyError("A later run belongs to the reservation of the first one; there is none here.")
-        self._answers.belong_to(identity)
+    def _sealed_of_run(self) -> dict[int, str]:
+        mine = range(self._first, self._first + self._plan.per_run)
+        sealed = self._reservation.sealed.items()
+        return {position - self._first: digest for position, digest in sealed if position in mine}
 
     def _reserved(self, recipe: str, seconds: float) -> Reservation:
         calibrated = calibrate(self._budget, self._plan, seconds=seconds)
@@ -254,8 +241,8 @@ class PrivateCurator:
             raise PrivacyError(
                 "Runs are drawn for a plan of which the best run is kept, with a folder for answers."
             )
-        found = self._answers.runs()
-        if found is None and self._answers.any():
+        found = self._answers.runs(candidates)
+        if found is None and (self._reservation.sealed or self._answers.any()):
             raise PrivacyError(
                 "The record of the runs is missing though answers were given; it must not be drawn again. Put it "
                 "back, or begin a new release, which spends its budget anew."
@@ -266,6 +253,39 @@ class PrivateCurator:
                 found += (self._drawn_run(candidates),)
             self._answers.keep_runs(found)
         return found
+
+    def run(self, number: int) -> PrivateCurator:
+        """The curator of one of the drawn runs; all belong to one reservation.
+
+        Args:
+            number: Counted from 0, which is this curator itself. Answers of a later run lie in a folder below.
+
+        Raises:
+            PrivacyError: If there is no such run, or its folder holds answers of something else.
+            OutputError: If another process works there.
+        """
+        if number == 0:
+            return self
+        kept = self._answers.runs() if self._answers and self._store and self._plan.selects else None
+        now = self._ledger.find(self.identity)
+        if not 0 < number < len(kept or ()) or now is None:
+            raise PrivacyError(
+                "There is no such run: it was not drawn, or the ledger does not hold its reservation."
+            )
+        assert self._store is not None
+        answers = Answers(self._store / f"{number:04d}")
+        if answers.reservation not in (None, self.identity) or (answers.reservation is None and answers.any()):
+            answers.close()
+            raise PrivacyError(
+                "The folder of a later run holds answers of another release, which must not be mixed with these. "
+                "Name another folder; a new release spends its budget anew."
+            )
+        answers.belong_to(self.identity)
+        later = copy.copy(self)
+        later._answers, later._reservation = answers, now
+        later._next, later._first = 0, number * self._plan.per_run
+        later._sealed = later._sealed_of_run()
+        return later
 
     def _drawn_run(self, candidates: int) -> tuple[int, int]:
         return drawn(candidates, entropy=self._entropy), drawn(_SEEDS, entropy=self._entropy)
@@ -341,12 +361,7 @@ class PrivateCurator:
         if not self._plan.selects:
             raise PrivacyError("A score ends a run of a plan of which the best run is kept, and nothing else.")
         self._next = self._plan.total  # nothing more is asked of those distilled from
-        if not all(patient.strip() for patient in images.patients):
-            raise PrivacyError(
-                "An image names no patient, so nobody's privacy can be bounded. Give every image one."
-            )
-        if set(images.patients) & set(self._images.patients):
-            raise PrivacyError("A patient is among those distilled from and among those a score is made of.")
+        check_apart(self._images, images)
         check_clip_norm(clip_norm)
         like = self._tried(embed)
 
@@ -502,6 +517,26 @@ class PrivateCurator:
         for own in rows([self._patients[i] for i in present.nonzero().flatten().tolist()]):
             total += contributions(own, clip_norm).sum(0)
         return noisy(total, self.noise(self._next), clip_norm, entropy=self._entropy).to(dtype)
+
+
+def check_apart(distilled_from: ImageSet, others: ImageSet) -> None:
+    """Refuse images that no score can be made of.
+
+    Args:
+        distilled_from: What queries are about.
+        others: What a score would be about.
+
+    Raises:
+        PrivacyError: If an image names no patient, or a patient is in both.
+    """
+    _check_named(others)
+    if set(others.patients) & set(distilled_from.patients):
+        raise PrivacyError("A patient is among those distilled from and among those a score is made of.")
+
+
+def _check_named(images: ImageSet) -> None:
+    if not all(patient.strip() for patient in images.patients):
+        raise PrivacyError("An image names no patient, so nobody's privacy can be bounded. Give every image one.")
 
 
 def contributions(rows: Tensor, clip_norm: float) -> Tensor:

@@ -20,8 +20,9 @@ cohort :math:`1 - F' \le T(1 - F)`, hence :math:`f'(F) / f'(F') \le R^2`, and wi
 .. math:: \int (q f'(F) - e^\varepsilon q' f'(F'))_+ \le \int f'(F) (q - e^{\varepsilon - 2 \log R} q')_+
     \le m \, \delta_Q(\varepsilon - 2 \log R).
 
-Beside other mechanisms :math:`q` is the density of all answers together and nothing else changes, so selections
-and releases of one cohort compose: means multiply, logarithms add up.
+Beside other mechanisms, also such that are asked what the answers suggest, :math:`q` is the density of all answers
+together and nothing else changes: selections and releases of one cohort compose, means multiply, logarithms add
+up. Means and amounts of noise must be fixed without looking at earlier answers.
 
 The published way, by Rényi divergences, asks for more noise: 3 runs at epsilon 3 and delta 1e-5 cost 1.24 times
 the noise of one run here, and 1.69 times there.
@@ -59,11 +60,11 @@ def stretch(expected_runs: float, noise_multiplier: float) -> float:
         return gained - math.log((odds + ndtr(z + moved)) / (odds + ndtr(z)))
 
     at = brentq(slope, -_FARTHEST - moved, _FARTHEST)
-    return 2 * math.log((odds + ndtr(at + moved)) / (odds + ndtr(at))) * (1 + 1e-9)
+    return 2 * math.log1p((ndtr(at + moved) - ndtr(at)) / (odds + ndtr(at))) * (1 + 1e-9)
 
 
 def another_run(expected_runs: float, *, entropy: Entropy = SYSTEM) -> bool:
-    """Whether another run follows: with probability one less one over the mean, never more.
+    """Whether another run follows: with probability one less one over the mean.
 
     Args:
         expected_runs: Mean number of runs, at least 1.

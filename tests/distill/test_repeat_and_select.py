@@ -155,7 +155,9 @@ def test_the_run_with_the_best_score_is_kept_and_the_others_leave_no_trace(
     seen, looks = prospect({"sharpness": 1.0}, {"sharpness": 4.0}), list[Look]()
     of_runs(monkeypatch, (0, 11), (1, 22), (1, 33))
     asked = scored(monkeypatch, lambda recipe: -abs(recipe.seed - 21))
-    made = select(seen, tmp_path, looks=2, observer=looks.append).distilled
+    done = select(seen, tmp_path, looks=2, observer=looks.append)
+    made = done.distilled
+    assert torch.equal(done.snapshots["surrogate"], made.images)
     assert [recipe.seed for recipe in asked] == [11, 22, 33]
     assert [recipe.steps[0].settings["sharpness"] for recipe in asked] == [1.0, 4.0, 4.0]
     assert made.recipe == asked[1]
@@ -208,9 +210,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, seeds: set[int]) -> None:
     true = selecting.run_recipe
 
     def run(recipe: Recipe, *arguments: Any, **more: Any) -> Distillation:
+        made = true(recipe, *arguments, **more)  # so that answers are sealed
         if recipe.seed in seeds:
             raise DataError("Class 'ill' has no patient.")
-        return true(recipe, *arguments, **more)
+        return made
 
     monkeypatch.setattr(selecting, "run_recipe", run)
 
@@ -218,7 +221,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, seeds: set[int]) -> None:
 def test_a_run_whose_noise_hides_a_class_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_runs(monkeypatch, (0, 1), (0, 2), (0, 3))
     failing(monkeypatch, {1, 3})
-    assert select(prospect(), tmp_path).distilled.recipe.seed == 2
+    made = select(prospect(), tmp_path).distilled
+    assert made.recipe.seed == 2
+    assert select(prospect(), tmp_path).distilled.fingerprint() == made.fingerprint()  # also when it goes on
+    (reservation,) = ledger(tmp_path).reservations()
+    assert sorted(reservation.sealed) == [0, 1, 3, 4, 5, 6, 7]
 
 
 def test_if_the_noise_hides_a_class_in_every_run_the_error_says_so(
@@ -286,7 +293,19 @@ def test_nobody_to_judge_by_is_refused_before_anything_is_spent(tmp_path: Path) 
     train, _ = parts()
     with pytest.raises(PrivacyError, match="pass both"):
         distill_privately(train, prospect(), ledger=ledger(tmp_path), sealed=tmp_path / "sealed")
+    with pytest.raises(PrivacyError, match="among those distilled from"):
+        distill_privately(train, prospect(), ledger=ledger(tmp_path), sealed=tmp_path / "sealed", validation=train)
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_student_that_diverged_has_the_lowest_score() -> None:
+    class Diverged(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)[:, :2] * math.nan
+
+    images, targets = torch.rand(4, *SHAPE), torch.eye(2)[torch.arange(4) % 2]
+    rows = closeness(Diverged(), images, targets, task=TASK, compute=Compute())
+    assert rows.view(4, 2, 2)[:, :, 0].sum(1).tolist() == [-0.5] * 4
 
 
 def test_what_is_foreseen_tells_what_selecting_takes_as_public() -> None:

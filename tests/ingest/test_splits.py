@@ -65,6 +65,35 @@ def test_persons_stay_together_and_classes_are_balanced(
                 assert abs(count - share * len(mine)) <= 1.5
 
 
+@settings(deadline=None, max_examples=20)
+@given(removed=st.integers(0, 199), seed=st.integers(0, 50))
+def test_divided_independently_no_patient_moves_another(removed: int, seed: int) -> None:
+    alone = SplitFractions(independent=True)
+
+    def home(members: list[Member], fractions: SplitFractions) -> dict[str, Split | None]:
+        places = assign_splits(members, links=[], fractions=fractions, pseudonymiser=SECRET, seed=seed)
+        return dict(zip([member.patient for member in members], places, strict=True))
+
+    members = crowd(200, images=1)
+    rest = members[:removed] + members[removed + 1 :]
+    gone = members[removed].patient
+    before, after = home(members, alone), home(rest, alone)
+    assert {**after, gone: before[gone]} == before
+
+
+def test_an_even_division_moves_others_and_an_independent_one_has_the_shares_on_average() -> None:
+    members, moved, counts = crowd(200, images=1), 0, Counter[Split | None]()
+    for seed in range(20):
+        even, less = assign(members, seed), assign(members[1:], seed)
+        moved += sum(one is not other for one, other in zip(even[1:], less, strict=True))
+        alone = SplitFractions(train=0.4, validation=0.1, holdout=0.2, test=0.3, independent=True)
+        counts.update(assign_splits(members, links=[], fractions=alone, pseudonymiser=SECRET, seed=seed))
+    assert moved > 0
+    for split in Split:
+        expected = 4000 * getattr(alone, split.value)
+        assert abs(counts[split] - expected) < 5 * expected**0.5
+
+
 def test_order_of_images_does_not_matter() -> None:
     members = crowd(40)
     forward = dict(zip((m.patient for m in members), assign(members), strict=True))

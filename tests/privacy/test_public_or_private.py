@@ -51,6 +51,7 @@ def test_class_and_patient_counts_are_noised_coordinates_and_nothing_else_tells_
         "gradient",
         "score",
         "runs",
+        "run",
         "noise",
         "resume",
         "close",

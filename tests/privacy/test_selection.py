@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import brentq
@@ -55,36 +55,38 @@ def bits(seed: str) -> Callable[[int], bytes]:
 
 
 @given(st.floats(1.001, 100.0), st.floats(0.05, 100.0))
+@example(100.0, 0.01)
+@example(1.000001, 1e5)
 def test_the_stretch_is_the_largest_ratio_of_all_events(expected_runs: float, noise: float) -> None:
     share, u = 1 / expected_runs, norm.cdf(np.linspace(-12, 12, 4001))
     other = norm.cdf(norm.ppf(u) + 1 / noise)
     ratios = np.log((share + (1 - share) * other) / (share + (1 - share) * u))
-    assert stretch(expected_runs, noise) >= 2 * ratios.max()
-    assert stretch(expected_runs, noise) == pytest.approx(2 * ratios.max(), rel=1e-3)
+    assert stretch(expected_runs, noise) >= 2 * ratios.max() - 1e-13
+    assert stretch(expected_runs, noise) == pytest.approx(2 * ratios.max(), rel=1e-3, abs=1e-13)
+
+
+def chosen(x: Floats, moved: float, expected_runs: float) -> Floats:
+    """Density of the best run's score, where the score of one run is a standard Gaussian about ``moved``."""
+    share = 1 / expected_runs
+    found: Floats = norm.pdf(x - moved) * share / (1 - (1 - share) * norm.cdf(x - moved)) ** 2
+    return found
+
+
+def beyond(epsilon: float, here: Floats, there: Floats, rest: float) -> float:
+    """Sum of a hockey-stick of densities, beside a Gaussian that moves by ``rest``."""
+    left = epsilon - np.log(here / there)
+    if rest:
+        beside = norm.cdf(rest / 2 - left / rest) - np.exp(left) * norm.cdf(-rest / 2 - left / rest)
+    else:
+        beside = np.maximum(0.0, 1 - np.exp(left))
+    return float((here * beside).sum())
 
 
 def true_delta(epsilon: float, expected_runs: float, score: float, rest: float) -> float:
-    """Exact, both ways around: a score that moves by ``score``, and beside it an answer that moves by ``rest``.
-
-    The density of the best run's score is integrated on a grid; what stands beside is in closed form.
-    """
-    share, x = 1 / expected_runs, np.linspace(-11, 11 + abs(score), 20_001)
-
-    def density(moved: float) -> Floats:
-        no_better = norm.cdf(x - moved)
-        chosen: Floats = norm.pdf(x - moved) * share / (1 - (1 - share) * no_better) ** 2
-        return chosen
-
-    here, there = density(0.0), density(score)
-    found = []
-    for p, q in ((here, there), (there, here)):
-        left = epsilon - np.log(p / q)
-        if rest:
-            beside = norm.cdf(rest / 2 - left / rest) - np.exp(left) * norm.cdf(-rest / 2 - left / rest)
-        else:
-            beside = np.maximum(0.0, 1 - np.exp(left))
-        found.append(float((p * beside).sum() * (x[1] - x[0])))
-    return max(found)
+    """Exact, both ways around: a score that moves by ``score``, and beside it an answer that moves by ``rest``."""
+    x = np.linspace(-11, 11 + abs(score), 20_001)
+    both = [chosen(x, moved, expected_runs) for moved in (0.0, score)]
+    return max(beyond(epsilon, both[i], both[1 - i], rest) for i in range(2)) * float(x[1] - x[0])
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 3.0, 8.0])
@@ -109,6 +111,20 @@ def test_some_score_loses_more_than_one_run_does() -> None:
         Budget(epsilon=1.0, delta=DELTA), PrivacyPlan(queries=(Query(kind=QueryKind.SUM, purpose="all"),))
     ).noise_multipliers[0]
     assert true_delta(1.0, 5.0, -1 / noise, 0.0) > 1.2 * DELTA
+
+
+@pytest.mark.parametrize(("first", "second"), [(-1.0, -1.0), (-1.0, 0.5), (0.7, 0.7)])
+def test_two_selections_together_lose_no_more_than_is_accounted(first: float, second: float) -> None:
+    """Scores that see a part of what a patient moves, integrated over both answers; the rest is in closed form."""
+    noise, runs, x = (2.0, 3.0), (4.0, 2.0), np.linspace(-8.0, 8.0, 801)
+    epsilon = epsilon_of((best_of(runs[0], noise[0]), best_of(runs[1], noise[1])), DELTA).epsilon
+    densities, rest = [], 0.0
+    for part, sigma, expected in zip((first, second), noise, runs, strict=True):
+        rest += (1 - part**2) / sigma**2
+        densities.append([chosen(x, moved, expected) for moved in (0.0, part / sigma)])
+    joint = [np.outer(densities[0][i], densities[1][i]) for i in range(2)]
+    lost = max(beyond(epsilon, joint[i], joint[1 - i], math.sqrt(rest)) for i in range(2)) * (x[1] - x[0]) ** 2
+    assert 0 < lost <= DELTA
 
 
 def published_noise(epsilon: float, expected_runs: float) -> float:
@@ -171,6 +187,19 @@ def test_a_selection_beside_sampled_queries_adds_to_every_accountant() -> None:
     found = epsilon_of((best_of(3.0, 5.0), sampled), DELTA, accountants=("pld",))
     assert found.answers == pytest.approx({k: v + stretch(3.0, 5.0) for k, v in plain.answers.items()})
     assert "pld" in found.answers
+
+
+def test_more_selections_than_delta_can_bear_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="leave nothing of delta"):
+        epsilon_of([best_of(100.0, 1000.0)] * 160, DELTA)
+
+
+def test_noise_at_the_end_of_its_range_is_found() -> None:
+    queries = tuple(
+        Query(kind=QueryKind.SUM, purpose="all", relative_noise=relative) for relative in (1.0, 1000.0)
+    )
+    plan = PrivacyPlan(queries=queries, expected_runs=1.01)
+    assert calibrate(Budget(epsilon=0.05, delta=DELTA), plan).noise_multipliers[1] <= 1e5
 
 
 @pytest.mark.parametrize("runs", [0.0, 1.0, -3.0, 101.0, math.nan, math.inf, True])
@@ -246,26 +275,35 @@ def test_runs_are_drawn_once_before_the_first_answer_and_kept(tmp_path: Path) ->
         curator(marks(16), tmp_path, plan=PLAN, store=tmp_path / "sealed").runs(4)
 
 
-def test_a_damaged_record_of_runs_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", ["[[0]]", "[]", "[[1, 5]]", "[[-1, 5]]", "{", '"ab"'])
+def test_a_damaged_record_of_runs_is_refused(record: str, tmp_path: Path) -> None:
     first = curator(marks(16), tmp_path, plan=PLAN, store=tmp_path / "sealed")
     first.runs(1)
-    (tmp_path / "sealed" / "runs.json").write_text("[[0]]")
+    (tmp_path / "sealed" / "runs.json").write_text(record)
     with pytest.raises(PrivacyError, match="damaged"):
         first.runs(1)
 
 
+def of_three_runs(folder: Path, plan: PrivacyPlan = PLAN) -> PrivateCurator:
+    """A curator of which three runs were drawn."""
+    own = curator(marks(16), folder, plan=plan, store=folder / "sealed")
+    if not (folder / "sealed" / "runs.json").exists():
+        (folder / "sealed" / "runs.json").write_text("[[0, 1], [0, 2], [0, 3]]")
+    return own
+
+
 def test_every_run_has_answers_of_its_own_and_all_belong_to_one_reservation(tmp_path: Path) -> None:
-    sealed = tmp_path / "sealed"
-    curator(marks(16), tmp_path, plan=PLAN, store=sealed).close()
     answers: list[Tensor] = []
     for repeat in range(2):
-        for run in range(3):
-            store = sealed / f"{run:04d}" if run else sealed
-            own = curator(marks(16), tmp_path, plan=PLAN, store=store, run=run)
+        first = of_three_runs(tmp_path)
+        for number in range(3):
+            own = first.run(number)
             answers += [own.sum(pixels, clip_norm=1.0), own.score(others(), pixels, clip_norm=1.0)]
             with pytest.raises(PrivacyError, match="nothing more"):
                 own.sum(pixels, clip_norm=1.0)
-            own.close()
+            if number:
+                own.close()
+        first.close()
         assert len(answers) == 6 * (repeat + 1)
     assert all(torch.equal(answers[i], answers[i + 6]) for i in range(6))
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(answers[:6], 2))
@@ -276,29 +314,50 @@ def test_every_run_has_answers_of_its_own_and_all_belong_to_one_reservation(tmp_
     assert spent.epsilon == pytest.approx(BUDGET.epsilon, rel=1e-3)
 
 
-def test_a_score_has_the_noise_of_a_whole_run_and_a_later_run_needs_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [-1, 3, 57])
+def test_a_run_that_was_not_drawn_is_refused(number: int, tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match="no such run"):
+        of_three_runs(tmp_path).run(number)
+    with pytest.raises(PrivacyError, match="no such run"):
+        curator(marks(16), tmp_path, plan=PLAN, store=tmp_path / "without a record").run(1)
+
+
+def test_a_later_run_does_not_take_up_answers_of_another_release(tmp_path: Path) -> None:
+    first = of_three_runs(tmp_path)
+    later = first.run(1)
+    later.sum(pixels, clip_norm=1.0)
+    for one in (first, later):
+        one.close()
+    for path in (tmp_path / "sealed").iterdir():
+        if path.is_file():
+            path.unlink()
+    again = of_three_runs(tmp_path)
+    assert again.identity != first.identity
+    with pytest.raises(PrivacyError, match="another release"):
+        again.run(1)
+
+
+def test_the_runs_are_not_drawn_again_once_an_answer_was_sealed(tmp_path: Path) -> None:
+    own = of_three_runs(tmp_path)
+    own.sum(pixels, clip_norm=1.0)
+    own.resume(1)  # which deletes the answer
+    own.close()
+    (tmp_path / "sealed" / "runs.json").unlink()
+    with pytest.raises(PrivacyError, match="must not be drawn again"):
+        curator(marks(16), tmp_path, plan=PLAN, store=tmp_path / "sealed").runs(1)
+
+
+def test_a_score_has_the_noise_of_a_whole_run(tmp_path: Path) -> None:
     queries = (*PLAN.queries, Query(kind=QueryKind.SUM, purpose="more", count=2, relative_noise=2.0))
-    plan = PrivacyPlan(queries=queries, expected_runs=3.0)
-    own = curator(marks(16), tmp_path, plan=plan, store=tmp_path / "sealed")
+    own = of_three_runs(tmp_path, PrivacyPlan(queries=queries, expected_runs=3.0))
     single = [own.noise(position) for position in range(3)]
     assert own.noise(3) == pytest.approx(1 / math.sqrt(sum(1 / noise**2 for noise in single)))
-    drawn_noise = torch.cat(
-        [
-            PrivateCurator(
-                marks(16),
-                budget=BUDGET,
-                plan=plan,
-                ledger=Ledger(tmp_path / f"{i}.jsonl"),
-                store=tmp_path / str(i),
-            ).score(others(), lambda images, targets: torch.zeros(len(images), 1000), clip_norm=1.0)
-            for i in range(4)
-        ]
-    )
-    assert float(drawn_noise.std()) == pytest.approx(own.noise(3), rel=0.05)
-    with pytest.raises(PrivacyError, match="first one"):
-        curator(marks(16), tmp_path, plan=plan, store=tmp_path / "elsewhere" / "0001", run=1)
-    with pytest.raises(PrivacyError, match="first one"):
-        curator(marks(16), tmp_path, run=1)
+
+    def nothing(images: Tensor, targets: Tensor) -> Tensor:
+        return torch.zeros(len(images), 4000)
+
+    found = own.run(1).score(others(), nothing, clip_norm=1.0)
+    assert float(found.std()) == pytest.approx(own.noise(3), rel=0.05)
 
 
 def test_a_score_is_of_others_and_of_plans_that_select(tmp_path: Path) -> None:
@@ -323,7 +382,10 @@ def test_the_statement_tells_of_the_selection(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_selects_survives_the_ledger(tmp_path: Path) -> None:
-    assert PrivacyPlan.from_json(PLAN.to_json()) == PLAN
+    curator(marks(16), tmp_path, plan=PLAN, store=tmp_path / "sealed").close()
+    (found,) = Ledger(tmp_path / "ledger.jsonl").reservations()
+    assert found.plan == PLAN
+    assert found.mechanisms == (best_of(3.0, *found.noise_multipliers),)
     plain = PrivacyPlan(queries=PLAN.queries)
     assert "expected_runs" not in plain.to_json()
     assert PrivacyPlan.from_json(plain.to_json()) == plain
