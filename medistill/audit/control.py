@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from medistill.release.durable import output_errors, replace_durably
 from medistill.release.tensors import RECIPE_FILE, load_distilled, save_distilled
 
 _KEY_FILE = "key.json"
+#: Controls kept beside each other; older ones are removed.
+MOST_KEPT = 4
 #: Packages whose code decides what a recipe makes of patients.
 _DISTILLING = ("core", "distill", "networks", "privacy", "training", "seeds.py")
 
@@ -144,6 +147,10 @@ def _keep(place: Path, key: str, control: DistilledSet) -> None:
         (place / _KEY_FILE).unlink(missing_ok=True)
         save_distilled(place, control)
         replace_durably(place / _KEY_FILE, json.dumps(_bound(place, key)).encode())
+        others = [other for other in place.parent.iterdir() if other != place and (other / _KEY_FILE).is_file()]
+        others.sort(key=lambda other: other.stat().st_mtime)
+        for old in others[: max(0, len(others) + 1 - MOST_KEPT)]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 from dataclasses import dataclass, field, replace
@@ -201,6 +202,23 @@ def test_the_noisy_control_of_a_private_release_is_kept_as_well(
     assert same(first, second)
     assert len(distilled_again) == 1
     assert (tmp_path / "ledger.jsonl").read_bytes() == spent
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_newest_controls_are_kept_and_older_ones_removed(
+    most: int, release: DistilledSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distilled_again: list[str]
+) -> None:
+    monkeypatch.setattr(control, "MOST_KEPT", most)
+    (tmp_path / "not a control").mkdir()
+    releases = [replace(release, recipe=replace(release.recipe, seed=seed)) for seed in range(3)]
+    for number, one in enumerate(releases):
+        of(one, tmp_path)
+        for place in tmp_path.iterdir():  # a moment passes
+            os.utime(place, (place.stat().st_atime, place.stat().st_mtime - 10))
+        assert len(list(tmp_path.glob("*/key.json"))) == min(number + 1, most)
+    of(releases[-1], tmp_path)
+    assert len(distilled_again) == 3
+    assert (tmp_path / "not a control").is_dir()
 
 
 def test_a_control_that_cannot_be_kept_is_said(release: DistilledSet, tmp_path: Path) -> None:
