@@ -10,6 +10,7 @@ from holdout patients). Intervals are means over seeds of 95 % intervals over pa
 seeds. At epsilon inf the same questions are answered exactly. Interrupted, the same command goes on.
 
 For data its owner may look at (see NOTE). The ledger stays with the results, inside; a cohort's is not touched.
+Exit codes: 0 done, 1 failed, 2 usage or input.
 """
 
 from __future__ import annotations

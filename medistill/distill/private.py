@@ -32,7 +32,7 @@ from medistill.distill.watch import Observer
 from medistill.errors import ConfigError, DataError, PrivacyError
 from medistill.privacy.accounting import epsilon_of
 from medistill.privacy.calibration import Calibrated, calibrate, mechanisms_of
-from medistill.privacy.curator import ASSUMED, OpenCurator, PrivateCurator
+from medistill.privacy.curator import OpenCurator, PrivateCurator, assumed
 from medistill.privacy.ledger import Ledger
 from medistill.progress import Progress
 
@@ -42,15 +42,6 @@ MEASURED: Mapping[str, Mapping[float, tuple[float, float]]] = {
     "surrogate": {0.5: (0.915, 0.932), 1.0: (0.893, 0.935), 3.0: (0.930, 0.945), 8.0: (0.911, 0.930)},
 }
 _FEWEST = 100
-_FIXED = (
-    "The settings of the method and of the student's training are fixed beforehand, and nothing is chosen on "
-    "validation patients."
-)
-_CHOSEN = (
-    "The settings of every run are drawn from a list that was fixed beforehand, and nothing is chosen on "
-    "validation patients but the run with the best noisy score.",
-    "The number of runs, and what the other runs gave, stay inside.",
-)
 _BEYOND = (
     "The guarantee is about the images, their labels and the recipe. Counts of patients, and the figures of an "
     "audit and an evaluation that stand beside them, are computed on the patients themselves and are not covered."
@@ -120,7 +111,7 @@ class Prospect:
     @property
     def assumptions(self) -> tuple[str, ...]:
         """Everything that is taken as public or trusted."""
-        return tuple(dict.fromkeys((*ASSUMED, *self.plan.assumptions)))
+        return assumed(self.plan)
 
     @property
     def utility(self) -> str:
@@ -224,7 +215,7 @@ def foresee(
             "Leave out settings that change the questions or their number."
         )
     plan = replace(plan, expected_runs=expected_runs)
-    assumptions = [*(_CHOSEN if plan.selects else (_FIXED,)), _BEYOND]
+    assumptions = [_BEYOND]
     if delta is None:
         delta, most = automatic_delta(patients), most_patients(patients)
         assumptions.append(f"It is public that there are at most {most} patients; delta follows from that.")

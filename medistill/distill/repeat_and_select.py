@@ -39,7 +39,7 @@ class _Done:
     looks: tuple[Look, ...]
 
 
-def names_of(recipes: Sequence[Recipe]) -> str:
+def fingerprint_of(recipes: Sequence[Recipe]) -> str:
     """One fingerprint of all recipes that may be run, for the ledger."""
     return hashlib.sha256("".join(recipe.fingerprint() for recipe in recipes).encode()).hexdigest()
 
@@ -89,7 +89,7 @@ def repeat_and_select(
         Liu & Talwar 2019, arXiv:1811.07971; Papernot & Steinke 2022, arXiv:2110.03620.
     """
     progress, compute = progress or Progress(), compute or Compute()
-    curator |= {"recipe": names_of(recipes)}
+    curator |= {"recipe": fingerprint_of(recipes)}
     check_apart(images, validation)
     first, done = PrivateCurator(images, store=sealed, **curator), list[_Done]()
     try:

@@ -63,6 +63,10 @@ class Answers:
         """Note whose answers these will be."""
         self._write(self._folder / _RESERVATION, identity.encode())
 
+    def of_run(self, number: int) -> Answers:
+        """The folder below this one, for a later run of the same reservation."""
+        return Answers(self._folder / f"{number:04d}")
+
     def runs(self, candidates: float = math.inf) -> tuple[tuple[int, int], ...] | None:
         """What :meth:`keep_runs` wrote; ``None`` where it was not called.
 

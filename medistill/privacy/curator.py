@@ -18,9 +18,9 @@ from medistill.core.images import ImageSet
 from medistill.core.protocols import Embed, Loss
 from medistill.core.task import Task
 from medistill.errors import PrivacyError
-from medistill.privacy.accounting import PATIENCE, Mechanism, Selected
+from medistill.privacy.accounting import PATIENCE, Mechanism
 from medistill.privacy.answers import Answers, packed
-from medistill.privacy.calibration import calibrate, mechanisms_of
+from medistill.privacy.calibration import calibrate, mechanisms_of, whole
 from medistill.privacy.clipping import check_clip_norm, clipped, grid_step, on_grid
 from medistill.privacy.contributions import images_of, patient_rows
 from medistill.privacy.gradients import ImageGradients
@@ -34,13 +34,29 @@ _MATRIX = 2
 _PROBES = 3
 _APART = 0.02  # the same numbers in half precision and another order
 #: What every private release takes for granted.
-ASSUMED = (
+_ASSUMED = (
     "Images reach the unit interval by a fixed public scaling, and every image names its patient.",
     "Which patients are distilled from, and which are in other splits, is taken as given.",
     "Settings, image size, class names and images per class were chosen without looking at these patients.",
     "Whoever runs the distillation is trusted, and running times are not published.",
     "Other releases of the same patients add up; the ledger of the cohort counts them.",
 )
+
+
+_FIXED = (
+    "The settings of the method and of the student's training are fixed beforehand, and nothing is chosen on "
+    "validation patients.",
+)
+_CHOSEN = (
+    "The settings of every run are drawn from a list that was fixed beforehand, and nothing is chosen on "
+    "validation patients but the run with the best noisy score.",
+    "The number of runs, and what the other runs gave, stay inside.",
+)
+
+
+def assumed(plan: PrivacyPlan) -> tuple[str, ...]:
+    """Everything that a release by a plan takes for granted, each once."""
+    return tuple(dict.fromkeys((*_ASSUMED, *(_CHOSEN if plan.selects else _FIXED), *plan.assumptions)))
 
 
 class OpenCurator:
@@ -166,7 +182,7 @@ class PrivateCurator:
         self._patients = images_of(images.patients)
         self._ledger, self._entropy = ledger, _entropy
         self._answers = Answers(store) if store else None
-        self._next, self._first, self._store = 0, 0, store
+        self._next, self._first = 0, 0
         self._reservation = self._taken_up(recipe) or self._reserved(recipe, seconds)
         self._sealed = self._sealed_of_run()
 
@@ -266,14 +282,13 @@ class PrivateCurator:
         """
         if number == 0:
             return self
-        kept = self._answers.runs() if self._answers and self._store and self._plan.selects else None
+        kept = self._answers.runs() if self._answers else None
         now = self._ledger.find(self.identity)
-        if not 0 < number < len(kept or ()) or now is None:
+        if not (self._answers and 0 < number < len(kept or ()) and now):
             raise PrivacyError(
                 "There is no such run: it was not drawn, or the ledger does not hold its reservation."
             )
-        assert self._store is not None
-        answers = Answers(self._store / f"{number:04d}")
+        answers = self._answers.of_run(number)
         if answers.reservation not in (None, self.identity) or (answers.reservation is None and answers.any()):
             answers.close()
             raise PrivacyError(
@@ -373,7 +388,8 @@ class PrivateCurator:
     def noise(self, position: int) -> float:
         """Standard deviation of the noise on an answer, over ``clip_norm``; public."""
         if self._plan.selects and position == self._plan.total:
-            return self._once.noise_multiplier
+            (run,) = whole(self._plan, self._reservation.noise_multipliers)
+            return run.noise_multiplier
         first = 0
         for query, sigma in zip(self._plan.queries, self._reservation.noise_multipliers, strict=True):
             if first <= position < first + query.count:
@@ -420,7 +436,7 @@ class PrivateCurator:
             for query, mechanism in zip(self._plan.queries, mechanisms, strict=True)
         ]
         if self._plan.selects:
-            score = Mechanism(noise_multiplier=self._once.noise_multiplier)
+            score = Mechanism(noise_multiplier=self.noise(self._plan.total))
             events.append(
                 f"the best of a random number of runs, {self._plan.expected_runs:g} on average, each with a score "
                 f"on other patients: {score.sentence}"
@@ -430,16 +446,10 @@ class PrivateCurator:
             delta=self._budget.delta,
             accountants=self._reservation.accountants,
             event=tuple(events),
-            assumptions=tuple(dict.fromkeys((*ASSUMED, *self._plan.assumptions))),
+            assumptions=assumed(self._plan),
         )
 
     # -- one query ---------------------------------------------------------------------------------------------
-
-    @property
-    def _once(self) -> Selected:
-        """All queries of one run, for a plan that selects."""
-        once = mechanisms_of(self._plan, self._reservation.noise_multipliers)
-        return Selected(mechanisms=once, expected_runs=self._plan.expected_runs)
 
     def _check(self, kind: QueryKind, clip_norm: float, sampling_rate: float) -> None:
         declared = self._plan.at(self._next)

@@ -39,9 +39,8 @@ import math
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from medistill.privacy.noise import SYSTEM, Entropy
+from medistill.privacy.noise import SYSTEM, Entropy, sampled
 
-_WORD = 2.0**-64
 _FARTHEST = 37.0  # standard deviations, as far as double precision reaches
 
 
@@ -70,7 +69,7 @@ def another_run(expected_runs: float, *, entropy: Entropy = SYSTEM) -> bool:
         expected_runs: Mean number of runs, at least 1.
         entropy: Source of random bytes.
     """
-    return _uniform(entropy) >= 1 / expected_runs
+    return not sampled(1, 1 / expected_runs, entropy=entropy).any()
 
 
 def drawn(count: int, *, entropy: Entropy = SYSTEM) -> int:
@@ -80,8 +79,4 @@ def drawn(count: int, *, entropy: Entropy = SYSTEM) -> int:
         count: At least 1.
         entropy: Source of random bytes.
     """
-    return min(int(_uniform(entropy) * count), count - 1)
-
-
-def _uniform(entropy: Entropy) -> float:
-    return int.from_bytes(entropy(8), "little") * _WORD
+    return int.from_bytes(entropy(8), "little") * count >> 64

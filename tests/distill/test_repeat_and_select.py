@@ -22,7 +22,7 @@ from medistill.core.images import ImageSet
 from medistill.core.task import Task
 from medistill.distill import Distillation, Prospect, distill_privately, foresee, surrogate
 from medistill.distill import repeat_and_select as selecting
-from medistill.distill.repeat_and_select import closeness, names_of, repeat_and_select
+from medistill.distill.repeat_and_select import closeness, fingerprint_of, repeat_and_select
 from medistill.distill.watch import Look
 from medistill.errors import ConfigError, DataError, PrivacyError
 from medistill.privacy import Ledger, PrivateCurator
@@ -166,7 +166,7 @@ def test_the_run_with_the_best_score_is_kept_and_the_others_leave_no_trace(
     assert made.privacy.epsilon == pytest.approx(EPSILON, rel=1e-3)
     assert "3 on average" in made.privacy.event[-1]
     (reservation,) = ledger(tmp_path).reservations()
-    assert reservation.recipe == names_of(seen.candidates)
+    assert reservation.recipe == fingerprint_of(seen.candidates)
     assert sorted(reservation.sealed) == list(range(9))
 
 
