@@ -101,12 +101,13 @@ def test_a_budget_below_the_fixed_cost_is_refused() -> None:
         share_budget({"a": Cost(fixed=30, per_step=1)}, 30)
 
 
-def test_a_probe_finds_the_cost_of_a_known_loop() -> None:
-    def burn(seconds: float) -> None:
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
+
+def test_a_probe_finds_the_cost_of_a_known_loop() -> None:
     def run(iterations: int, progress: Progress) -> None:
         burn(0.2)
         for _ in progress.track(range(iterations), "burning", total=iterations):
@@ -117,6 +118,19 @@ def test_a_probe_finds_the_cost_of_a_known_loop() -> None:
     assert cost.fixed == pytest.approx(0.2, abs=0.15)
     assert runs[0][0] == FIRST_ITERATIONS
     assert runs[1][1] - runs[0][1] == pytest.approx(0.5, rel=0.4)
+
+
+def test_a_probe_looks_past_expensive_first_iterations() -> None:
+    """Ridge regression fills its pool of networks in the first eight: ten times as long as all that follow."""
+
+    def run(iterations: int, progress: Progress) -> None:
+        for step in progress.track(range(iterations), "burning", total=iterations):
+            burn(0.1 if step < 8 else 0.01)
+
+    cost, runs = probe(run, budget=20)
+    assert cost.per_step == pytest.approx(0.01, rel=0.3)
+    assert cost.fixed == pytest.approx(8 * 0.09, abs=0.2)
+    assert runs[0][0] > 8
 
 
 def test_resolved_iterations_join_the_settings() -> None:

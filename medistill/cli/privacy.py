@@ -151,9 +151,11 @@ def described(prospect: Prospect, patients: Iterable[int]) -> list[str]:
         lines.append(f"{query.purpose[:38]:<40}{numbers}")
     bound = prospect.calibrated.bound
     if prospect.plan.selects:
+        several = len(prospect.candidates)
+        settings = f"settings from a list of {several}" if several > 1 else "the same settings"
         lines.append(
             f"This in every one of a random number of runs, {prospect.plan.expected_runs:g} on average, each with "
-            f"settings from a list of {len(prospect.candidates)}; the best on validation patients is kept."
+            f"{settings}; the best on validation patients is kept."
         )
     lines += [f"{'together, by ' + bound.accountants[0]:<40}{bound.epsilon:>47.3g}", ""]
     lines += [_noise(prospect, number) for number in patients]

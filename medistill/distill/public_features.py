@@ -1,14 +1,17 @@
 """Features that no patient decides: where an image is bright, and where it has edges of which direction.
 
 An image's grey values are standardised by its own mean and spread. Its features are the grey values averaged on a
-coarse grid, and the strength of oriented edges at several scales averaged on a grid (a scattering transform of the
-first order: Bruna & Mallat 2013), standardised and turned by principal components. Mean, spread and components are
-those of *pink noise*, whose spectrum is that of natural images; no real image decides them.
+coarse grid, and the logarithm of the strength of oriented edges at several scales averaged on a grid (a scattering
+transform of the first order, Bruna & Mallat 2013, with the logarithm of Anden & Mallat 2014: in a sharper film all
+edges are stronger by one factor, which adds a constant), standardised and turned by principal components. Mean,
+spread and components are those of *pink noise*, whose spectrum is that of natural images; no real image decides
+them.
 
 Linear classifiers on such features are what differential privacy costs least (Tramer & Boneh 2021).
 
 References:
-    Bruna & Mallat, PAMI 2013, arXiv:1203.1513. Tramer & Boneh, ICLR 2021, arXiv:2011.11660.
+    Bruna & Mallat, PAMI 2013, arXiv:1203.1513. Anden & Mallat, IEEE TSP 2014, arXiv:1304.6763. Tramer & Boneh,
+    ICLR 2021, arXiv:2011.11660.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _PLANE_AXES = 2
 _PLANE_SIDE, _SOLID_SIDE = 32, 16
 _SCALES = 3
 _WAVELENGTH = 4.0
+#: Added to the strength of edges before the logarithm: flat parts of an image all have the same.
+_FLAT = 0.05
 _FIELDS = 1200
 _BATCH = 64
 _LARGEST = 1 << 22
@@ -73,7 +78,7 @@ def _of_pink_noise(image_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor
 
 
 def described(images: Tensor, filters: Tensor) -> Tensor:
-    """Grey values and strength of edges, averaged on grids, shape ``(n, d)``.
+    """Grey values and log strength of edges, averaged on grids, shape ``(n, d)``.
 
     Args:
         images: Shape ``(n, c, h, w)`` or ``(n, c, d, h, w)``.
@@ -83,13 +88,13 @@ def described(images: Tensor, filters: Tensor) -> Tensor:
     flat = small.flatten(1)
     flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-3)
     standard = flat.view_as(small)
-    coarse, fine = (7, 4) if plane else (4, 2)
+    coarse, fine = (7, 5) if plane else (4, 2)
     rows = [pooled(standard, coarse)]
     grey = standard.mean(1, keepdim=True)
     for scale in range(_SCALES):
         if scale:
             grey = F.avg_pool2d(grey, 2) if plane else F.avg_pool3d(grey, 2)
-        rows.append(pooled(_edges(grey, filters), fine))
+        rows.append(pooled((_edges(grey, filters) + _FLAT).log(), fine))
     return torch.cat(rows, dim=1)
 
 

@@ -29,7 +29,7 @@ SCHEDULE = Schedule(epochs=600, learning_rate=0.03, weight_decay=0.01)
 #: The fields that made-up images begin as are rather smooth, as radiographs are.
 _POWERS = (1.5, 2.2)
 _BATCH = 100
-_INNER = "refined."
+_BEGUN, _INNER = "made_up", "refined."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,10 @@ class Surrogate:
         self, curator: Curator, *, ipc: int, seed: int, start: Synthetic | None, bench: Workbench
     ) -> Synthetic:
         """Ask for the moments, make up a cohort, distil it; resumes with the same bits."""
-        kept = bench.checkpoint.load()
-        if kept is None:
+        kept = bench.checkpoint.load() or {}
+        if "targets" not in kept:
             moments = ask_moments(curator, dimension=self.dimension, compute=bench.compute)
-            cohort = self._cohort(moments, curator.task, curator.image_shape, seed, bench)
+            cohort = self._cohort(moments, curator.task, curator.image_shape, seed, bench, kept.get(_BEGUN))
             kept = {"images": cohort.images, "targets": cohort.targets}
             bench.checkpoint.save(kept)
         else:
@@ -122,16 +122,26 @@ class Surrogate:
         return replace(result, schedule=SCHEDULE)
 
     def _cohort(
-        self, moments: Moments, task: Task, image_shape: tuple[int, ...], seed: int, bench: Workbench
+        self,
+        moments: Moments,
+        task: Task,
+        image_shape: tuple[int, ...],
+        seed: int,
+        bench: Workbench,
+        begun: Tensor | None,
     ) -> ImageSet:
-        """Images that have features drawn from the moments, with the teacher's labels."""
+        """Images that have features drawn from the moments, with the teacher's labels; goes on after ``begun``."""
         teacher = Teacher(moments, kind=task.kind, sharpness=self.sharpness, least_variance=self.least_variance)
         generator = torch.Generator().manual_seed(derive_seed(seed, "surrogate"))
         wanted = moments.uncentred(teacher.draw(self.made_up, generator))
         first = pink_noise(len(wanted), image_shape, seed=derive_seed(seed, "pink noise"), powers=_POWERS)
         parts = list(zip(torch.split(first, _BATCH), torch.split(wanted, _BATCH), strict=True))
-        tracked = bench.progress.track(parts, "making up patients")
-        images = torch.cat([self._drawn(moments, *part, bench.compute) for part in tracked])
+        images = torch.empty((0, *image_shape)) if begun is None else begun
+        done = len(images) // _BATCH
+        left = bench.progress.track(parts[done:], "making up patients", total=len(parts), completed=done)
+        for part in left:
+            images = torch.cat([images, self._drawn(moments, *part, bench.compute)])
+            bench.checkpoint.save({_BEGUN: images})
         hard = torch.arange(task.n_classes).repeat_interleave(self.made_up)
         targets = every_class(teacher.soft_labels(images), hard, task)
         patients = tuple(str(number) for number in range(len(images)))

@@ -1,4 +1,4 @@
-"""How many iterations fit into a given CPU time, from two short runs."""
+"""How many iterations fit into a given CPU time, from short runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from medistill.progress import Progress
 FIRST_ITERATIONS = 3
 _SHARE_OF_BUDGET = 0.1
 _LEAST_SECONDS = 0.5
-_TRIES, _GROWTH = 3, 4
+_TRIES, _GROWTH = 4, 4
+#: A line that says more than this times what later iterations took has seen the beginning only.
+_AGREE = 1.5
 
 Item = TypeVar("Item")
 
@@ -87,50 +89,61 @@ def share_budget(
 
 
 def probe(run: Callable[[int, Progress], Any], *, budget: float) -> tuple[Cost, Sequence[tuple[int, float]]]:
-    """Time two short runs in this process.
+    """Time short runs in this process, each longer than the one before, and take the line through the last two.
 
-    The second run is made just long enough to differ clearly from the first; where it does not, a longer one
-    takes its place.
+    A method may spend more on its first iterations than on later ones (a pool of networks is filled), so the
+    length of a run follows from what the later half of the iterations of the one before took, and a pair of runs
+    counts only if such iterations cost about what the line says.
 
     Args:
         run: Runs the distiller for a number of iterations.
-        budget: CPU seconds that are to be met later; a tenth of them is the length of the second run.
+        budget: CPU seconds that are to be met later; a tenth of them is what the last run adds.
 
     Returns:
         The cost, and the two runs it comes from.
     """
-    watch, least = _StepWatch(FIRST_ITERATIONS), max(_LEAST_SECONDS, _SHARE_OF_BUDGET * budget)
+    watch, least = _StepWatch(), max(_LEAST_SECONDS, _SHARE_OF_BUDGET * budget)
     runs = [(FIRST_ITERATIONS, _timed(run, FIRST_ITERATIONS, watch))]
-    more = math.ceil(least / (watch.seconds_a_step or runs[0][1] / FIRST_ITERATIONS))
+    late = watch.seconds_a_step() or runs[0][1] / FIRST_ITERATIONS
     for _ in range(_TRIES):
-        iterations = FIRST_ITERATIONS + max(1, more)
-        runs.append((iterations, _timed(run, iterations, Progress())))
-        if runs[-1][1] - runs[0][1] >= least / 2:
+        iterations = runs[-1][0] + max(1, math.ceil(least / late))
+        runs.append((iterations, _timed(run, iterations, watch)))
+        (n1, t1), (n2, t2) = runs[-2:]
+        fitted = (t2 - t1) / (n2 - n1)
+        late = watch.seconds_a_step() or max(fitted, late / _GROWTH)
+        if t2 - t1 >= least / 2 and fitted <= _AGREE * late:
             break
-        more *= _GROWTH
-    return fit_cost(runs[0], runs[-1]), (runs[0], runs[-1])
+    return fit_cost(*runs[-2:]), runs[-2:]
 
 
-def _timed(run: Callable[[int, Progress], Any], iterations: int, progress: Progress) -> float:
+def _timed(run: Callable[[int, Progress], Any], iterations: int, watch: _StepWatch) -> float:
+    watch.expect(iterations)
     began = time.process_time()
-    run(iterations, progress)
+    run(iterations, watch)
     return time.process_time() - began
 
 
 class _StepWatch(Progress):
-    """Sees how long the last of a known number of steps took."""
+    """Sees what the later half of a known number of steps took."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.seconds_a_step = 0.0
+    def __init__(self) -> None:
+        self._steps, self._seconds = 0, [0.0]
+
+    def expect(self, steps: int) -> None:
+        """The loop to come has so many steps."""
+        self._steps, self._seconds = steps, []
+
+    def seconds_a_step(self) -> float:
+        """Mean of the later half; 0 where no loop had the expected length."""
+        later = self._seconds[len(self._seconds) // 2 :]
+        return sum(later) / len(later) if later else 0.0
 
     def track(
         self, items: Iterable[Item], description: str, *, total: int | None = None, completed: int = 0
     ) -> Iterator[Item]:
         """Time the steps of a loop that has the expected length."""
-        before = 0.0
         for item in items:
             before = time.process_time()
             yield item
-            if total == self.steps:
-                self.seconds_a_step = time.process_time() - before
+            if total == self._steps:
+                self._seconds.append(time.process_time() - before)

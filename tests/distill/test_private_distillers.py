@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 from medistill.core.compute import Compute
 from medistill.core.guarantee import Budget, QueryKind
 from medistill.core.images import ImageSet
-from medistill.core.protocols import Workbench
+from medistill.core.protocols import Synthetic, Workbench
 from medistill.core.task import Task, TaskKind
+from medistill.distill.checkpoint import FileCheckpoint
 from medistill.distill.moments import (
     MOST_NOISE,
     Moments,
@@ -29,12 +31,13 @@ from medistill.distill.moments import (
     noise_to_signal,
     symmetric,
 )
-from medistill.distill.public_features import PublicFeatures, oriented_filters, pink_noise
+from medistill.distill.public_features import PublicFeatures, described, oriented_filters, pink_noise
 from medistill.distill.runner import make_distiller
 from medistill.distill.surrogate import every_class, smooth
 from medistill.errors import DataError, PrivacyError
 from medistill.privacy.curator import OpenCurator, PrivateCurator
 from medistill.privacy.ledger import Ledger
+from medistill.progress import Progress
 from medistill.registry import DISTILLERS
 from tests.conftest import blobs
 
@@ -117,6 +120,43 @@ def test_filters_have_unit_length_no_mean_and_see_their_own_direction() -> None:
     strength = (even.square() + odd.square()).sqrt().mean((1, 2))
     assert strength.argmax() == 0  # the wave runs along the columns
     assert oriented_filters(3, radius=2).shape == (18, 1, 5, 5, 5)
+
+
+def test_features_are_what_a_naive_loop_finds() -> None:
+    side, filters = 12, oriented_filters(2, radius=3)
+    image = np.random.default_rng(0).random((side, side))
+    found = described(torch.tensor(image)[None, None].float(), filters)[0].numpy()
+    standard = (image - image.mean()) / (image.std(ddof=1) + 1e-3)
+
+    def cells(picture: Any, grid: int) -> list[float]:
+        step = len(picture) / grid
+        part = [slice(math.floor(k * step), math.ceil((k + 1) * step)) for k in range(grid)]
+        return [picture[rows, columns].mean() for rows in part for columns in part]
+
+    def seen(picture: Any, wave: Any) -> Any:
+        size, padded = range(len(picture)), np.pad(picture, 3, mode="edge")
+        return np.array([[(padded[r : r + 7, c : c + 7] * wave).sum() for c in size] for r in size])
+
+    expected, grey = cells(standard, 7), standard
+    for scale in range(3):
+        if scale:
+            half = len(grey) // 2
+            grey = grey[: 2 * half, : 2 * half].reshape(half, 2, half, 2).mean((1, 3))
+        for even, odd in zip(*filters[:, 0].numpy().reshape(2, 8, 7, 7), strict=True):
+            strength = np.sqrt(seen(grey, even) ** 2 + seen(grey, odd) ** 2 + 1e-4)
+            expected += cells(np.log(strength + 0.05), 5)
+    assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_twice_as_strong_edges_add_a_constant() -> None:
+    """Films of another sharpness differ from these by an offset, not by where their edges are."""
+    coarse = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth_field = F.interpolate(coarse, 32, mode="bicubic")
+    texture = torch.cos(torch.arange(32) * math.pi / 2).expand(32, 32)[None, None] * 0.2
+    filters, finest = oriented_filters(2, radius=3), slice(49, 49 + 25)
+    once, twice = (described(smooth_field + gain * texture, filters)[0, finest] for gain in (1.0, 2.0))
+    assert (twice - once).mean() > 0.4
+    assert (twice - once).std() < 0.1
 
 
 def test_pink_noise_falls_with_frequency_and_depends_on_the_seed_alone() -> None:
@@ -344,3 +384,38 @@ def test_real_starts_are_refused_under_privacy(tmp_path: Path) -> None:
         distiller.plan(blobs(patients=4).task, (1, 16, 16), 1)
     with pytest.raises(PrivacyError, match="images"):
         distiller.distill(private(blobs(patients=80), tmp_path), ipc=1, seed=0, start=None, bench=Workbench())
+
+
+class _Stopping(Progress):
+    """Ends the making up of patients in its third part, as Ctrl-C would; counts the parts."""
+
+    def __init__(self, *, stop: bool) -> None:
+        self.stop, self.parts = stop, 0
+
+    def track(
+        self, items: Iterable[Any], description: str, *, total: int | None = None, completed: int = 0
+    ) -> Iterator[Any]:
+        for item in items:
+            if description == "making up patients":
+                if self.stop and self.parts == 2:
+                    raise KeyboardInterrupt
+                self.parts += 1
+            yield item
+
+
+def test_an_interruption_loses_no_made_up_patient(tmp_path: Path) -> None:
+    data = blobs(patients=80)
+    distiller = make_distiller("surrogate", {**PRIVATE["surrogate"], "made_up": 160})
+
+    def release(bench: Workbench) -> Synthetic:
+        return distiller.distill(private(data, tmp_path), ipc=1, seed=0, start=None, bench=bench)
+
+    whole, checkpoint = release(Workbench()), FileCheckpoint(tmp_path / "state.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        release(Workbench(checkpoint=checkpoint, progress=_Stopping(stop=True)))
+    assert len((checkpoint.load() or {})["made_up"]) == 200
+    again = _Stopping(stop=False)
+    resumed = release(Workbench(checkpoint=checkpoint, progress=again))
+    assert again.parts == 2
+    assert torch.equal(whole.images, resumed.images)
+    assert torch.equal(whole.soft_labels, resumed.soft_labels)
