@@ -102,36 +102,33 @@ def probe(run: Callable[[int, Progress], Any], *, budget: float) -> tuple[Cost, 
     Returns:
         The cost, and the two runs it comes from.
     """
-    watch, least = _StepWatch(), max(_LEAST_SECONDS, _SHARE_OF_BUDGET * budget)
-    runs = [(FIRST_ITERATIONS, _timed(run, FIRST_ITERATIONS, watch))]
-    late = watch.seconds_a_step() or runs[0][1] / FIRST_ITERATIONS
+    least = max(_LEAST_SECONDS, _SHARE_OF_BUDGET * budget)
+    seconds, late = _timed(run, FIRST_ITERATIONS)
+    runs, late = [(FIRST_ITERATIONS, seconds)], late or seconds / FIRST_ITERATIONS
     for _ in range(_TRIES):
         iterations = runs[-1][0] + max(1, math.ceil(least / late))
-        runs.append((iterations, _timed(run, iterations, watch)))
+        seconds, later = _timed(run, iterations)
+        runs.append((iterations, seconds))
         (n1, t1), (n2, t2) = runs[-2:]
         fitted = (t2 - t1) / (n2 - n1)
-        late = watch.seconds_a_step() or max(fitted, late / _GROWTH)
+        late = later or max(fitted, late / _GROWTH)
         if t2 - t1 >= least / 2 and fitted <= _AGREE * late:
             break
     return fit_cost(*runs[-2:]), runs[-2:]
 
 
-def _timed(run: Callable[[int, Progress], Any], iterations: int, watch: _StepWatch) -> float:
-    watch.expect(iterations)
-    began = time.process_time()
+def _timed(run: Callable[[int, Progress], Any], iterations: int) -> tuple[float, float]:
+    """CPU seconds of a run, and of one of its later iterations; 0 where these are not seen."""
+    watch, began = _StepWatch(iterations), time.process_time()
     run(iterations, watch)
-    return time.process_time() - began
+    return time.process_time() - began, watch.seconds_a_step()
 
 
 class _StepWatch(Progress):
     """Sees what the later half of a known number of steps took."""
 
-    def __init__(self) -> None:
-        self._steps, self._seconds = 0, [0.0]
-
-    def expect(self, steps: int) -> None:
-        """The loop to come has so many steps."""
-        self._steps, self._seconds = steps, []
+    def __init__(self, steps: int) -> None:
+        self._steps, self._seconds = steps, list[float]()
 
     def seconds_a_step(self) -> float:
         """Mean of the later half; 0 where no loop had the expected length."""
